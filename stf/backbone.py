@@ -282,7 +282,7 @@ def count_channels(in_channels):
     "Channels that data_bn normalises: all, but not the visibility that follows x, y, z."
     return 3 if in_channels == 4 else in_channels
 
-# %% ../nbs/05_backbone.ipynb #2b49b893
+# %% ../nbs/05_backbone.ipynb #7284e694
 class MSG3D(nn.Module):
     """MS-G3D (Liu et al., CVPR 2020), the backbone of STF: (N,C,T,V,M) → (N,classes).
 
@@ -304,6 +304,8 @@ class MSG3D(nn.Module):
     ):
         super().__init__()
         self.num_classes, self.skeleton, self.in_channels, self.num_bodies = num_classes, skeleton, in_channels, num_bodies
+        self.widths, self.windows = tuple(widths), tuple(windows)
+        self.gcn_scales, self.g3d_scales, self.exact = gcn_scales, g3d_scales, exact
         A = skeleton.adjacency()
         self.data_bn = nn.BatchNorm1d(num_bodies * skeleton.num_joints * count_channels(in_channels))
         for b, (C, width, stride) in enumerate(zip((in_channels, *widths), widths, (1, 2, 2)), start=1):
@@ -375,7 +377,7 @@ class MSG3D(nn.Module):
     def forward(self, x):
         return self.head(self.features(x).last)
 
-# %% ../nbs/05_backbone.ipynb #bf56c3df
+# %% ../nbs/05_backbone.ipynb #c2a88d7f
 def _add_visibility(weight, scales):
     "1×1 weight (O, K·3, 1, 1), scale-major, to (O, K·4, 1, 1) with zeros for the fourth channel."
     out = weight.shape[0]
