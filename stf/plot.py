@@ -5,16 +5,24 @@
 # %% auto #0
 __all__ = ['COLOURS', 'BODY_COLOURS', 'FOCUS_CMAP', 'MATRIX_CMAP', 'SIGNED_CMAP', 'LINE_COLOURS', 'STYLE', 'VIEWS', 'Y_DOWN',
            'HISTORY_PANELS', 'use_style', 'limb_groups', 'draw_skeleton', 'draw_strip', 'draw_adjacency', 'draw_focus',
-           'draw_class_difference', 'draw_history']
+           'draw_class_difference', 'draw_history', 'draw_confusion', 'animate', 'AnimationHTML', 'save_animation',
+           'animation_html', 'draw_focus_volume', 'draw_focus_parts', 'draw_masked_input', 'draw_links',
+           'draw_connections', 'draw_dynamic_adjacency', 'draw_betas']
 
-# %% ../nbs/01_plot.ipynb #431b43af
+# %% ../nbs/01_plot.ipynb #5ca234f2
+import base64
+import io
+import os
+import tempfile
 from functools import wraps
+from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from cycler import cycler
+from matplotlib import animation
 from matplotlib.collections import LineCollection
 from matplotlib.ticker import MaxNLocator
 from mpl_toolkits.mplot3d.art3d import Line3DCollection
@@ -58,7 +66,7 @@ def _styled(draw):
 
     return styled
 
-# %% ../nbs/01_plot.ipynb #cf711977
+# %% ../nbs/01_plot.ipynb #b18291d4
 def _array(x, name):
     "x (array, tensor or nested list) as float64 numpy, or a ValueError."
     if hasattr(x, "detach"):
@@ -91,7 +99,9 @@ def _bodies(joints, skeleton, form, visible=None, values=None):
         raise ValueError(f"joints must be {axes(form[1:])} or {axes(form)}, got shape {joints.shape}")
     V, C = joints.shape[-2:]
     if V != skeleton.num_joints:
-        raise ValueError(f"skeleton {skeleton.name!r} has {skeleton.num_joints} joints, but joints has shape {joints.shape}: V = {V}")
+        raise ValueError(
+            f"skeleton {skeleton.name!r} has {skeleton.num_joints} joints, but joints has shape {joints.shape}: V = {V}"
+        )
     if C not in (2, 3):
         raise ValueError(f"joints need 2 or 3 coordinates, got C = {C} (shape {joints.shape})")
     if 0 in joints.shape:
@@ -156,9 +166,9 @@ def _project(joints, view):
     across = joints[..., 0] * np.cos(angle) + joints[..., 2] * np.sin(angle)
     return np.stack([across, joints[..., 1]], -1)
 
-# %% ../nbs/01_plot.ipynb #de150ec8
+# %% ../nbs/01_plot.ipynb #536d72cc
 def _limits(values, vmin=None, vmax=None):
-    "The range of colours: the given one, else 0 (or the least value) to the greatest; never empty. ValueError without a finite value."
+    "The range of colours: as given, else from 0 (or less) to the greatest; never empty. ValueError if all is unknown."
     finite = values[np.isfinite(values)]
     if not finite.size and (vmin is None or vmax is None):
         raise ValueError("there is no finite value to draw")
@@ -168,7 +178,7 @@ def _limits(values, vmin=None, vmax=None):
 
 
 def _bone_lines(points, drawn, skeleton):
-    "Line segments (n,2,D) of the bones whose two ends are drawn, and the body and outer joint of each. points (M,V,D), drawn (M,V)."
+    "The bones that are drawn: line segments (n,2,D), body and outer joint of each. points (M,V,D), drawn (M,V)."
     child, parent = np.array(skeleton.bones, dtype=int).reshape(-1, 2).T
     body, bone = np.nonzero(drawn[:, child] & drawn[:, parent])
     return np.stack([points[body, child[bone]], points[body, parent[bone]]], 1), body, child[bone]
@@ -176,7 +186,9 @@ def _bone_lines(points, drawn, skeleton):
 
 def _looks(drawn, values, skeleton, size, norm, cmap):
     "Colours (M,V,4) and sizes (M,V) of the joints, in points²."
-    palette = mpl.colors.to_rgba_array([c for body in BODY_COLOURS for c in body]).reshape(len(BODY_COLOURS), 3, 4)
+    palette = mpl.colors.to_rgba_array([c for body in BODY_COLOURS for c in body]).reshape(
+        len(BODY_COLOURS), 3, 4
+    )
     colours = palette[np.arange(len(drawn)) % len(palette)][:, _sides(skeleton)]
     if values is None:
         return colours, np.full(drawn.shape, float(size))
@@ -189,21 +201,27 @@ def _looks(drawn, values, skeleton, size, norm, cmap):
 class _Bodies:
     "The bones and joints of one picture: two artists that `show` fills with a frame."
 
-    def __init__(self, ax, skeleton, flat, size, norm=None, cmap=FOCUS_CMAP, scale=1.0):
+    def __init__(self, ax, skeleton, flat, size, norm=None, cmap=FOCUS_CMAP):
         self.skeleton, self.size, self.norm, self.cmap, self.flat = skeleton, size, norm, cmap, flat
-        width = scale * np.sqrt(size) / 2.6
+        width = np.sqrt(size) / 2.6
         if flat:
             self.bones = ax.add_collection(LineCollection([], linewidths=width, capstyle="round", zorder=2))
             self.joints = ax.scatter([], [], zorder=3)
         else:
-            self.bones = ax.add_collection3d(Line3DCollection([np.zeros((2, 3))], linewidths=width, capstyle="round"))
+            self.bones = ax.add_collection3d(
+                Line3DCollection([np.zeros((2, 3))], linewidths=width, capstyle="round")
+            )
             self.joints, self.ax = None, ax
 
     def show(self, points, drawn, values=None):
         "points (M,V,2 or 3), drawn (M,V), values (M,V) or None."
         lines, body, child = _bone_lines(points, drawn, self.skeleton)
         colours, sizes = _looks(drawn, values, self.skeleton, self.size, self.norm, self.cmap)
-        limb = colours[body, child] if values is None else np.tile(mpl.colors.to_rgba(COLOURS["light"]), (len(lines), 1))
+        limb = (
+            colours[body, child]
+            if values is None
+            else np.tile(mpl.colors.to_rgba(COLOURS["light"]), (len(lines), 1))
+        )
         self.bones.set_segments(lines)
         self.bones.set_color(limb)
         edge = mpl.colors.to_rgba("white" if values is None else COLOURS["dark"])
@@ -218,7 +236,7 @@ class _Bodies:
                                           linewidths=0.5, depthshade=False)  # fmt: skip
         return [self.bones, self.joints]
 
-# %% ../nbs/01_plot.ipynb #667d2636
+# %% ../nbs/01_plot.ipynb #9fdf1e96
 def _axes(ax, figsize, projection=None):
     "The given axes, or those of a new figure; ValueError if 2D and 3D are mixed up."
     if ax is None:
@@ -238,8 +256,13 @@ def _frame_limits(points, margin=0.06):
 
 
 def _colour_bar(ax, norm, cmap, label, **kwargs):
-    "A slim colour bar beside ax."
-    bar = ax.figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, label=label, **{"shrink": 0.7, "aspect": 25, "pad": 0.02, **kwargs})
+    "A slim colour bar beside ax, or a list of them."
+    bar = (ax[0] if isinstance(ax, list) else ax).figure.colorbar(
+        mpl.cm.ScalarMappable(norm, cmap),
+        ax=ax,
+        label=label,
+        **{"shrink": 0.7, "aspect": 25, "pad": 0.02, **kwargs},
+    )
     bar.outline.set_visible(False)
     return bar
 
@@ -268,12 +291,20 @@ def draw_skeleton(
     left out; an empty frame says so. Raises ValueError for shapes that don't fit, an unknown view or joint.
     """
     joints, drawn, values = _bodies(joints, skeleton, "MVC", visible, values)
-    joints, drawn, values = _flip(joints, skeleton, y_down)[:, 0], drawn[:, 0], None if values is None else values[:, 0]
+    joints, drawn, values = (
+        _flip(joints, skeleton, y_down)[:, 0],
+        drawn[:, 0],
+        None if values is None else values[:, 0],
+    )
     flat = not (isinstance(view, str) and view == "3d")
     if not flat and joints.shape[-1] == 2:
         raise ValueError("view '3d' needs 3 coordinates; these joints have 2")
     points = _project(joints, view) if flat else joints[..., [0, 2, 1]]
-    norm = None if values is None else mpl.colors.Normalize(*_limits(values[drawn] if drawn.any() else np.zeros(1), vmin, vmax))
+    norm = (
+        None
+        if values is None
+        else mpl.colors.Normalize(*_limits(values[drawn] if drawn.any() else np.zeros(1), vmin, vmax))
+    )
     name_which = range(skeleton.num_joints) if names is True else [skeleton.index(j) for j in names or ()]
     ax = _axes(ax, (4, 4.5) if flat else (5, 5), None if flat else "3d")
     _Bodies(ax, skeleton, flat, size, norm, cmap).show(points, drawn, values)
@@ -283,7 +314,14 @@ def draw_skeleton(
         ax.axis("on" if ticks else "off")
         _name_joints(ax, points, drawn, skeleton, name_which)
     else:
-        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]), xlabel="x", ylabel="z (depth)", zlabel="y")
+        ax.set(
+            xlim=(low[0], high[0]),
+            ylim=(low[1], high[1]),
+            zlim=(low[2], high[2]),
+            xlabel="x",
+            ylabel="z (depth)",
+            zlabel="y",
+        )
         ax.set_box_aspect(high - low)
         ax.view_init(elev=12, azim=-65)
         for axis, extent in zip((ax.xaxis, ax.yaxis, ax.zaxis), (high - low) / np.max(high - low)):
@@ -312,14 +350,26 @@ def _name_joints(ax, points, drawn, skeleton, which):
     point = max((right - left) / width, (high - low) / height, 1e-9)  # in data units
     chosen = [(points[b, v], skeleton.joints[v]) for b, v in zip(*np.nonzero(drawn & which))]
     order = sorted(chosen, key=lambda c: c[0][0])  # half of the names on each side
-    for column, edge, align in ((order[: len(order) // 2], left - 12 * point, "right"), (order[len(order) // 2 :], right + 12 * point, "left")):
+    for column, edge, align in (
+        (order[: len(order) // 2], left - 12 * point, "right"),
+        (order[len(order) // 2 :], right + 12 * point, "left"),
+    ):
         above = np.inf
         for (x, y), name in sorted(column, key=lambda c: -c[0][1]):
             above = min(y, above - 9 * point)
-            ax.plot([x, edge], [y, above], color=COLOURS["light"], linewidth=0.6, zorder=1, clip_on=False, scalex=False, scaley=False)
+            ax.plot(
+                [x, edge],
+                [y, above],
+                color=COLOURS["light"],
+                linewidth=0.6,
+                zorder=1,
+                clip_on=False,
+                scalex=False,
+                scaley=False,
+            )
             ax.text(edge, above, name, fontsize=7, ha=align, va="center")
 
-# %% ../nbs/01_plot.ipynb #e4a667d4
+# %% ../nbs/01_plot.ipynb #e316cbea
 def _strip_frames(frames, T):
     "Indices of the frames to show: evenly spread if a number is given."
     if isinstance(frames, (int, np.integer)) and not isinstance(frames, bool):
@@ -327,22 +377,39 @@ def _strip_frames(frames, T):
             raise ValueError(f"frames must be at least 1, got {frames}")
         return np.unique(np.linspace(0, T - 1, min(int(frames), T)).round().astype(int))
     chosen = np.asarray(frames)
-    if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= T:
+    if (
+        chosen.ndim != 1
+        or not chosen.size
+        or chosen.dtype.kind not in "iu"
+        or chosen.min() < 0
+        or chosen.max() >= T
+    ):
         raise ValueError(f"frames must be a number or a list of frame indices below {T}, got {frames!r}")
     return chosen
 
 
-def _columns(points, drawn, follow, gap):
-    "Shift each frame to its column: points (M,F,V,2) -> shifted points, the columns' centres (F,), low and high corner (2,2)."
-    extent = [_frame_limits(points[:, f][drawn[:, f]], 0) if drawn[:, f].any() else None for f in range(points.shape[1])]
+def _columns(points, drawn, follow, gap, window=None):
+    "Each frame in its column: points (M,F,V,2) -> shifted points, the columns' centres (F,), corners (2,2)."
+    extent = [
+        _frame_limits(points[:, f][drawn[:, f]], 0) if drawn[:, f].any() else None
+        for f in range(points.shape[1])
+    ]
     seen = [e for e in extent if e is not None]
     everything = np.stack([np.min([e[0] for e in seen], 0), np.max([e[1] for e in seen], 0)])
+    if window is not None:
+        everything, follow = _array(window, "window"), False
+        if everything.shape != (2, 2) or not (everything[1] > everything[0]).all():
+            raise ValueError(f"window must be ((left, low), (right, high)), got {window!r}")
     middle = np.array([(everything if e is None or not follow else e)[:, 0].mean() for e in extent])
     width = max(e[1, 0] - e[0, 0] for e in seen) if follow else np.ptp(everything[:, 0])
     step = max(width, 0.25 * np.ptp(everything[:, 1]), 1e-6) * (1 + gap)
     centres = step * np.arange(len(middle))
     low, high = (-step / 2, everything[0, 1]), (centres[-1] + step / 2, everything[1, 1])
-    return points + np.stack([centres - middle, np.zeros(len(middle))], -1)[None, :, None], centres, np.array([low, high])
+    return (
+        points + np.stack([centres - middle, np.zeros(len(middle))], -1)[None, :, None],
+        centres,
+        np.array([low, high]),
+    )
 
 
 @_styled
@@ -355,6 +422,7 @@ def draw_strip(
     ax=None,  # axes to draw in; None: a new figure
     view="front",  # "front", "side", "top" or an angle in degrees
     follow: bool = True,  # centre each frame on its bodies; False: keep their way across the picture
+    window=None,  # ((left, low), (right, high)): this part of space in each frame, instead of what fits the clip
     ground: bool = True,  # a ground line under the lowest joint of the clip
     fps: float = None,  # frames a second: label the frames by their time
     title: str = None,
@@ -378,14 +446,22 @@ def draw_strip(
     points, drawn = _project(_flip(joints, skeleton, y_down), view)[:, chosen], drawn[:, chosen]
     if not drawn.any():
         raise ValueError(f"no body is visible in frames {chosen.tolist()}")
-    points, centres, box = _columns(points, drawn, follow, gap)
+    points, centres, box = _columns(points, drawn, follow, gap, window)
     high = np.ptp(box[:, 1])
     ax = _axes(ax, (9, np.clip(9 * high / np.ptp(box[:, 0]) + 0.6, 1.2, 9)))
     for f in range(len(chosen)):
         picture = _Bodies(ax, skeleton, True, size, norm, cmap)
         picture.show(points[:, f], drawn[:, f], None if values is None else values[:, chosen[f]])
         label = f"{chosen[f] / fps:.2f} s" if fps else f"{chosen[f]}" if f else f"frame {chosen[f]}"
-        ax.annotate(label, (centres[f], box[0, 1]), xytext=(0, -5), textcoords="offset points", ha="center", va="top", fontsize=7)
+        ax.annotate(
+            label,
+            (centres[f], box[0, 1]),
+            xytext=(0, -5),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
     if ground:
         ax.hlines(box[0, 1] - 0.02 * high, *box[:, 0], color=COLOURS["grey"], linewidth=0.8, zorder=1)
     ax.set(xlim=box[:, 0], ylim=(box[0, 1] - 0.03 * high, box[1, 1] + 0.05 * high), aspect="equal")
@@ -396,7 +472,7 @@ def draw_strip(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #e1e02131
+# %% ../nbs/01_plot.ipynb #473ec449
 def _matrix(A, name="A"):
     "A as a 2D float array with NaN for what is not finite; ValueError without any number."
     A = _array(A, name)
@@ -455,7 +531,13 @@ def draw_adjacency(
     A = _matrix(A)
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"an adjacency matrix must be square, got shape {A.shape}")
-    names = skeleton.joints if isinstance(skeleton, Skeleton) else None if skeleton is None else [str(n) for n in skeleton]
+    names = (
+        skeleton.joints
+        if isinstance(skeleton, Skeleton)
+        else None
+        if skeleton is None
+        else [str(n) for n in skeleton]
+    )
     if names is not None and len(names) != len(A):
         raise ValueError(f"{len(names)} names for a matrix of shape {A.shape}")
     norm, cmap = _matrix_norm(A, vmin, vmax, cmap)
@@ -481,7 +563,7 @@ def draw_adjacency(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #4d62d360
+# %% ../nbs/01_plot.ipynb #c016c937
 @_styled
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, or any value for each frame and joint
@@ -496,13 +578,16 @@ def draw_focus(
     cmap: str = FOCUS_CMAP,
     font: float = 6.5,  # size of the names
 ):  # matplotlib Axes
-    """Frames × joints heat map of Q (Fig. 1d, joint form). Several bodies stand one under another; those that are zero throughout are left out.
+    """Frames × joints heat map of Q (Fig. 1d, joint form).
 
+    Several bodies stand one under another; those that are zero throughout are left out.
     Raises ValueError if Q does not fit the skeleton or holds no number.
     """
     Q = _array(Q, "Q")
     if Q.ndim not in (2, 3) or 0 in Q.shape or Q.shape[-1] != skeleton.num_joints:
-        raise ValueError(f"Q must be (T,V) or (M,T,V) with V = {skeleton.num_joints} ({skeleton.name}); got shape {Q.shape}")
+        raise ValueError(
+            f"Q must be (T,V) or (M,T,V) with V = {skeleton.num_joints} ({skeleton.name}); got shape {Q.shape}"
+        )
     Q = Q.reshape((-1, *Q.shape[-2:]))
     kept = [m for m in range(len(Q)) if (Q[m] != 0).any()] or [0]
     groups = limb_groups(skeleton) if by_limb else (tuple(range(skeleton.num_joints)),)
@@ -527,14 +612,20 @@ def draw_focus(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #eef91b84
+# %% ../nbs/01_plot.ipynb #0c392c82
 def _named_series(difference, column):
     "The Series of a Series, dict or DataFrame column; ValueError if there is no such number."
     if isinstance(difference, pd.DataFrame):
         numeric = list(difference.columns[[pd.api.types.is_numeric_dtype(t) for t in difference.dtypes]])
-        column = column or ("difference" if "difference" in numeric else numeric[0] if len(numeric) == 1 else None)
+        column = column or (
+            "difference" if "difference" in numeric else numeric[0] if len(numeric) == 1 else None
+        )
         if column not in numeric:
-            raise ValueError(f"name the column to draw: one of {numeric}" if column is None else f"no numeric column {column!r}; there are {numeric}")
+            raise ValueError(
+                f"name the column to draw: one of {numeric}"
+                if column is None
+                else f"no numeric column {column!r}; there are {numeric}"
+            )
         difference = difference[column]
     try:
         series = pd.Series(difference, dtype=float).dropna()
@@ -576,13 +667,15 @@ def draw_class_difference(
     ax.tick_params(axis="y" if horizontal else "x", length=0)
     ax.spines["left" if horizontal else "bottom"].set_visible(False)
     if horizontal if numbers is None else numbers:
-        ax.bar_label(bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2, rotation=0 if horizontal else 90)
+        ax.bar_label(
+            bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2, rotation=0 if horizontal else 90
+        )
         ax.margins(**{"x" if horizontal else "y": 0.12})
     if title:
         ax.set_title(title)
     return ax
 
-# %% ../nbs/01_plot.ipynb #dddd9f4d
+# %% ../nbs/01_plot.ipynb #4a9f1f58
 HISTORY_PANELS = {  # title: columns and their line styles
     "total loss": {"loss": "-"}, "cross-entropy": {"ce": "-"},
     "exploration $L_e$": {"e": "-"}, "divergence $L_d$": {"d": "-"}, "coherence $L_c$": {"c": "-"}, "adjacency $L_{G_k}$": {"g": "-"},
@@ -592,11 +685,15 @@ HISTORY_PANELS = {  # title: columns and their line styles
 
 @_styled
 def draw_history(
-    history,  # DataFrame with a row an epoch and any of the columns loss, ce, e, d, c, g, train_top1, val_top1, test_top1, lr; or {run name: DataFrame}
+    history,  # DataFrame with a row an epoch, or {run name: DataFrame}
     title: str = None,
     columns: int = 4,  # panels in a row
 ):  # matplotlib Figure
-    "Training curves, each loss term in a panel of its own. Raises ValueError if there is no epoch or no known column."
+    """Training curves, each loss term in a panel of its own.
+
+    Columns: epoch, and any of loss, ce, e, d, c, g, train_top1, val_top1, test_top1, lr. Raises ValueError if there is no
+    epoch or no known column.
+    """
     runs = history if isinstance(history, dict) else {"": history}
     for name, run in runs.items():
         if not isinstance(run, pd.DataFrame) or not len(run):
@@ -609,7 +706,9 @@ def draw_history(
         raise ValueError(f"history has none of the columns {', '.join(known)}")
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2 * rows + 0.3), layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(2.5 * columns, 2 * rows + 0.3), layout="constrained", squeeze=False
+    )
     for ax in axes.flat[len(panels) :]:
         ax.remove()
     for ax, (panel, lines) in zip(axes.flat, panels.items()):
@@ -626,7 +725,9 @@ def draw_history(
             ax.legend([mpl.lines.Line2D([], [], color=COLOURS["dark"], linestyle=s) for s in lines.values()],
                       [c.removesuffix("_top1") for c in lines], loc="lower right")  # fmt: skip
     if len(runs) > 1:
-        handles = [mpl.lines.Line2D([], [], color=LINE_COLOURS[r % len(LINE_COLOURS)]) for r in range(len(runs))]
+        handles = [
+            mpl.lines.Line2D([], [], color=LINE_COLOURS[r % len(LINE_COLOURS)]) for r in range(len(runs))
+        ]
         fig.legend(handles, list(runs), loc="outside lower center", ncols=min(len(runs), 4))
     if title:
         fig.suptitle(title, fontsize=10)
@@ -641,4 +742,699 @@ def _history_lines(ax, run, lines, colour, name, many):
             known = run[column].notna().to_numpy()
             x, y = epochs.to_numpy()[known], run[column].to_numpy(dtype=float)[known]
             if len(x):
-                ax.plot(x, y, style, color=colour, marker="o" if len(x) == 1 else None, markersize=3, label=name if many else column)
+                ax.plot(
+                    x,
+                    y,
+                    style,
+                    color=colour,
+                    marker="o" if len(x) == 1 else None,
+                    markersize=3,
+                    label=name if many else column,
+                )
+
+# %% ../nbs/01_plot.ipynb #f6ce01e2
+@_styled
+def draw_confusion(
+    matrix,  # (K,K) DataFrame, rows true and columns predicted classes; or an array with `classes`
+    classes=None,  # only these classes of a DataFrame, in this order; or the names for an array
+    share: bool = True,  # each row in per cent of its sum; False: the numbers as they are
+    ax=None,  # axes to draw in; None: a new figure
+    numbers: bool = None,  # write numbers into the cells; None: up to 20 classes
+    title: str = None,
+):  # matplotlib Axes
+    """Confusion matrix with class names.
+
+    Raises ValueError if it is not square, has other names in its rows than in its columns, or negative entries.
+    """
+    if isinstance(matrix, pd.DataFrame):
+        if list(matrix.index) != list(matrix.columns):
+            raise ValueError(
+                "rows and columns of a confusion matrix must name the same classes in the same order"
+            )
+        names, matrix = [str(c) for c in matrix.index], matrix.to_numpy()
+        chosen = (
+            range(len(names))
+            if classes is None
+            else [names.index(c) if c in names else -1 for c in map(str, classes)]
+        )
+        if -1 in chosen:
+            raise ValueError(f"no class {list(classes)[list(chosen).index(-1)]!r} in the confusion matrix")
+    else:
+        matrix = _array(matrix, "matrix")
+        names = [str(c) for c in (range(len(matrix)) if classes is None else classes)]
+        chosen = range(len(names))
+    counts = _matrix(matrix, "the confusion matrix")
+    if counts.shape != (len(names),) * 2 or (counts < 0).any():
+        raise ValueError(
+            f"a confusion matrix holds numbers ≥ 0 for {len(names)} × {len(names)} classes; got shape {counts.shape}"
+        )
+    if share:
+        total = counts.sum(1, keepdims=True)
+        counts = np.divide(100 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    counts, names = counts[np.ix_(chosen, chosen)], [names[i] for i in chosen]
+    K = len(names)
+    norm = mpl.colors.Normalize(0, 100 if share else _limits(counts)[1])
+    ax = _axes(ax, (2.6 + 0.24 * K, 1.8 + 0.24 * K) if K <= 30 else (2 + 0.12 * K, 1.5 + 0.12 * K))
+    _heat(ax, counts, "Blues", norm)
+    font = 7 if K <= 30 else 5
+    ax.set_xticks(range(K), names, rotation=90, fontsize=font)
+    ax.set_yticks(range(K), names, fontsize=font)
+    ax.tick_params(length=0, pad=2)
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel="predicted", ylabel="true")
+    if K <= 20 if numbers is None else numbers:
+        for i, j in zip(*np.nonzero(np.nan_to_num(counts) >= 0.5)):
+            ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6,
+                    color="white" if norm(counts[i, j]) > 0.55 else COLOURS["dark"])  # fmt: skip
+    if title:
+        ax.set_title(title)
+    _colour_bar(ax, norm, "Blues", "per cent of the true class" if share else "clips")
+    return ax
+
+# %% ../nbs/01_plot.ipynb #db5676a3
+def _panels(joints, skeleton, values, visible, titles, view):
+    "One (joints, skeleton, values, visible, title, view) for each panel. A list or tuple of clips means panels."
+    many = isinstance(joints, (list, tuple)) and len(joints) > 0 and all(np.ndim(j) >= 3 for j in joints)
+    clips = list(joints) if many else [joints]
+
+    def spread(x, name, kinds=(list, tuple)):
+        if not many:
+            return [x]
+        x = list(x) if isinstance(x, kinds) else [x] * len(clips)
+        if len(x) != len(clips):
+            raise ValueError(f"{len(clips)} clips, but {len(x)} {name}")
+        return x
+
+    return list(zip(clips, spread(skeleton, "skeletons"), spread(values, "values"), spread(visible, "visibilities"),
+                    spread(titles, "titles"), spread(view, "views", list)))  # fmt: skip
+
+
+def _turned(joints, view):
+    "(M,T,V,C) -> (M,T,V,2) from one view, or turning steadily from view[0] to view[1] degrees."
+    if isinstance(view, tuple):
+        if len(view) != 2 or not all(np.isscalar(a) and not isinstance(a, str) for a in view):
+            raise ValueError(f"a turning view is a pair of angles, got {view!r}")
+        angles = np.linspace(view[0], view[1], joints.shape[1])
+        return np.stack([_project(joints[:, t], float(a)) for t, a in enumerate(angles)], 1)
+    return _project(joints, view)
+
+
+class _Movie:
+    "One panel of an animation: a clip and the artists that show a frame of it."
+
+    def __init__(self, joints, skeleton, values, visible, title, view, y_down, trail, trail_frames):
+        joints, self.drawn, self.values = _bodies(joints, skeleton, "MTVC", visible, values)
+        if not self.drawn.any():
+            raise ValueError("no body is visible in any frame")
+        self.points = _turned(_flip(joints, skeleton, y_down), view)
+        self.skeleton, self.title, self.length = skeleton, title, joints.shape[1]
+        self.box = _frame_limits(self.points[self.drawn])
+        self.trail, self.trail_frames = [skeleton.index(j) for j in trail], trail_frames
+
+    def start(self, ax, size, norm, cmap):
+        "Lay out the axes and make the artists."
+        (left, low), (right, high) = self.box
+        ax.set(xlim=(left, right), ylim=(low, high), aspect="equal", title=self.title or "")
+        ax.axis("off")
+        ax.hlines(low, left, right, color=COLOURS["light"], linewidth=1.0)
+        self.picture = _Bodies(ax, self.skeleton, True, size, norm, cmap)
+        self.paths = ax.add_collection(LineCollection([], linewidths=1.4, zorder=1))
+
+    def show(self, frame):
+        "Fill the artists with a frame; a clip that has ended stays at its last."
+        t = min(frame, self.length - 1)
+        artists = self.picture.show(
+            self.points[:, t], self.drawn[:, t], None if self.values is None else self.values[:, t]
+        )
+        if self.trail:
+            lines, fade = [], []
+            for s in range(max(1, t - self.trail_frames + 1), t + 1):
+                for m in range(len(self.points)):
+                    for v in self.trail:
+                        if self.drawn[m, s - 1, v] and self.drawn[m, s, v]:
+                            lines.append(self.points[m, s - 1 : s + 1, v])
+                            fade.append(1 - (t - s) / self.trail_frames)
+            self.paths.set_segments(lines)
+            self.paths.set_color([mpl.colors.to_rgba(COLOURS["green"], 0.9 * a) for a in fade])
+        return [*artists, self.paths]
+
+
+@_styled
+def animate(
+    joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
+    skeleton: Skeleton,  # its layout; or a list, one for each clip
+    values=None,  # (T,V) or (M,T,V): colour and size of the joints, e.g. focus; or a list
+    visible=None,  # (T,V) or (M,T,V): joints at 0 are left out; or a list
+    fps: float = 30,  # frames a second of the recording
+    step: int = 1,  # show every step-th frame, at the same speed
+    view="front",  # "front", "side", "top", an angle in degrees, a tuple of two angles to turn between; or a list
+    titles=None,  # above each clip
+    trail=(),  # joints that draw their path behind them
+    trail_frames: int = 15,  # length of the path
+    colour_bar: str = None,  # label of a colour bar for the values; None: no bar
+    vmin: float = None,  # values at the ends of the colour map; None: 0 and the greatest of all clips
+    vmax: float = None,
+    cmap: str = FOCUS_CMAP,
+    height: float = 3.0,  # of the picture, in inches
+    size: float = 22,  # of a joint, in points²
+    clock: bool = True,  # write the time below
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+):  # matplotlib FuncAnimation
+    """Moving skeletons, side by side if several; focus glows on the joints as `values`.
+
+    The view stands still, wide enough for the whole clip. Show it in a notebook with `animation_html`, write it with
+    `save_animation`. Raises ValueError for shapes that don't fit, or if no body is visible in any frame.
+    """
+    if not np.isfinite(fps) or fps <= 0:
+        raise ValueError(f"fps must be greater than 0, got {fps!r}")
+    if not isinstance(step, (int, np.integer)) or isinstance(step, bool) or step < 1:
+        raise ValueError(f"step must be an integer ≥ 1, got {step!r}")
+    trail = [trail] if isinstance(trail, str) else trail
+    movies = [
+        _Movie(*panel, y_down, trail, trail_frames)
+        for panel in _panels(joints, skeleton, values, visible, titles, view)
+    ]
+    valued = [m.values[m.drawn] for m in movies if m.values is not None]
+    norm = mpl.colors.Normalize(*_limits(np.concatenate(valued), vmin, vmax)) if valued else None
+    shapes = [np.clip(np.divide(*np.ptp(m.box, axis=0)), 0.35, 4.0) for m in movies]
+    fig = plt.figure(
+        figsize=(
+            height * sum(shapes) + 0.2 * (len(movies) - 1) + 0.8 * bool(colour_bar and norm),
+            height + 0.3,
+        )
+    )
+    left, right = 0.02, 0.98 if not (colour_bar and norm) else 1 - 0.85 / fig.get_size_inches()[0]
+    axes = fig.subplots(1, len(movies), squeeze=False, width_ratios=shapes,
+                        gridspec_kw={"left": left, "right": right, "bottom": 0.07, "top": 0.91, "wspace": 0.05})[0]  # fmt: skip
+    for movie, ax in zip(movies, axes):
+        movie.start(ax, size, norm, cmap)
+    if colour_bar and norm:
+        side = fig.add_axes((right + 0.01, 0.2, 0.12 / fig.get_size_inches()[0], 0.6))
+        fig.colorbar(mpl.cm.ScalarMappable(norm, cmap), cax=side, label=colour_bar).outline.set_visible(False)
+    time = fig.text(0.5, 0.01, "", ha="center", fontsize=8, color=COLOURS["dark"])
+
+    def show(frame):
+        time.set_text(f"{frame / fps:.2f} s" if clock else "")
+        return [a for movie in movies for a in movie.show(frame)] + [time]
+
+    frames = range(0, max(m.length for m in movies), step)
+    show(0)
+    return animation.FuncAnimation(
+        fig, show, frames=frames, interval=1000 * step / fps, blit=False, cache_frame_data=False
+    )
+
+# %% ../nbs/01_plot.ipynb #2478357c
+class AnimationHTML(str):
+    "HTML that notebooks show as a picture; its own text stays out of the stored output."
+
+    def _repr_html_(self):
+        return str(self)
+
+    def __repr__(self):
+        return f"<animation, {len(self) / 1000:.0f} kB>"
+
+
+class _GifWriter(animation.PillowWriter):
+    "One palette of 128 colours for the whole GIF, without dithering: half the size of a palette for each frame."
+
+    def finish(self):
+        if not self._frames:  # drawing failed before the first frame: let its own error be seen
+            return
+        frames = [frame.convert("RGB") for frame in self._frames]
+        width, height = frames[0].size
+        some = frames[:: -(-len(frames) // 8)]
+        sheet = frames[0].resize((width, height * len(some)))
+        for i, frame in enumerate(some):
+            sheet.paste(frame, (0, i * height))
+        palette = sheet.quantize(128, method=1)  # maximum coverage: white stays white
+        self._frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
+        super().finish()
+
+
+class _PageWriter(animation.AbstractMovieWriter):
+    "Collects the frames as PNGs and writes a page that plays them, without any other file or address."
+
+    page = """<!doctype html><meta charset="utf-8"><title>animation</title>
+<body style="font-family:sans-serif;text-align:center"><img id="i" style="max-width:100%"><br>
+<button id="b">pause</button> <input id="s" type="range" min="0" max="{last}" value="0" style="width:60%"> <span id="n"></span>
+<script>
+const frames = [{frames}], [i, s, b, n] = ["i", "s", "b", "n"].map(k => document.getElementById(k));
+let t = 0, timer = null;
+function show(k) {{ t = (k + frames.length) % frames.length; i.src = "data:image/png;base64," + frames[t]; s.value = t;
+  n.textContent = (t + 1) + " / " + frames.length; }}
+function play(on) {{ clearInterval(timer); timer = on ? setInterval(() => show(t + 1), {delay}) : null;
+  b.textContent = on ? "pause" : "play"; }}
+b.onclick = () => play(timer === null); s.oninput = () => {{ play(false); show(+s.value); }};
+document.onkeydown = e => {{ const d = {{ArrowRight: 1, ArrowLeft: -1}}[e.key]; if (d) {{ play(false); show(t + d); e.preventDefault(); }} }};
+show(0); play(true);
+</script></body>
+"""
+
+    @classmethod
+    def isAvailable(cls):
+        return True
+
+    def setup(self, fig, outfile, dpi=None):
+        super().setup(fig, outfile, dpi=dpi)
+        self.frames = []
+
+    def grab_frame(self, **savefig_kwargs):
+        picture = io.BytesIO()
+        self.fig.savefig(picture, format="png", dpi=self.dpi)
+        self.frames.append(base64.b64encode(picture.getvalue()).decode())
+
+    def finish(self):
+        frames = ",".join(f'"{f}"' for f in self.frames)
+        text = self.page.format(frames=frames, last=len(self.frames) - 1, delay=round(1000 / self.fps))
+        Path(self.outfile).write_text(text, encoding="utf-8")
+
+
+def save_animation(
+    anim,  # what `animate` returned
+    path,  # ends in .gif, .html or .mp4
+    dpi: int = 110,  # dots an inch
+) -> Path:  # where it was written
+    """Write an animation; the file appears only when it is complete.
+
+    ValueError for another ending, a missing folder, or a GIF of more than 50 frames a second; RuntimeError if .mp4 lacks ffmpeg.
+    """
+    path = Path(path)
+    ending = path.suffix.lower()
+    if ending not in (".gif", ".html", ".mp4"):
+        raise ValueError(f"{path.name}: an animation is written as .gif, .html or .mp4")
+    if ending == ".mp4" and not animation.writers.is_available("ffmpeg"):
+        raise RuntimeError(
+            f"{path.name}: .mp4 needs the program ffmpeg, which was not found; .gif and .html need nothing"
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.name}: there is no folder {path.parent}")
+    fps = 1000 / anim._interval
+    if ending == ".gif" and fps > 50:
+        raise ValueError(
+            f"{path.name}: a GIF shows at most 50 frames a second, this has {fps:.0f}: animate every second one with step=2"
+        )
+    writer = {".gif": _GifWriter, ".html": _PageWriter, ".mp4": animation.FFMpegWriter}[ending](fps=fps)
+    fd, aside = tempfile.mkstemp(suffix=ending, prefix=f".{path.stem}-", dir=path.parent)
+    os.close(fd)
+    try:
+        anim.save(aside, writer=writer, dpi=dpi)
+        os.replace(aside, path)
+    finally:
+        Path(aside).unlink(missing_ok=True)
+    return path
+
+
+def animation_html(
+    anim,  # what `animate` returned
+    dpi: int = 110,  # dots an inch
+    limit: int = 300,  # greatest size in kilobytes: the picture is made coarser, at most to half
+    alt: str = "moving skeleton",  # text for those who can't see it
+) -> AnimationHTML:  # HTML text that a notebook shows
+    "The animation as an HTML picture to store in a notebook. Closes its figure. ValueError if it stays larger than `limit`."
+    plt.close(anim._fig)
+    with tempfile.TemporaryDirectory() as folder:
+        for scale in (1.0, 0.8, 0.65, 0.5):
+            data = save_animation(anim, Path(folder) / "a.gif", dpi=round(dpi * scale)).read_bytes()
+            if len(data) * 4 / 3 <= limit * 1000:
+                alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+                return AnimationHTML(
+                    f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(data).decode()}">'
+                )
+    raise ValueError(
+        f"the animation takes {len(data) * 4 / 3000:.0f} kB, more than limit={limit}: show fewer frames (step=2)"
+    )
+
+# %% ../nbs/01_plot.ipynb #9581ab5e
+def _oblique(points, time):
+    "Page coordinates (…,2) of points (…,2) in planes that stand one behind another along `time`."
+    across, up = points[..., 0], points[..., 1]
+    return np.stack([time + 0.62 * across, up + 0.2 * across - 0.12 * time], -1)
+
+
+@_styled
+def draw_focus_volume(
+    joints,  # (T,V,C) or (M,T,V,C)
+    Q,  # (T,V) or (M,T,V) focus
+    skeleton: Skeleton,  # its layout
+    frames=7,  # skeletons to stack: how many, or a list of frame indices
+    ax=None,  # axes to draw in; None: a new figure
+    visible=None,  # (T,V) or (M,T,V): joints at 0 are left out
+    view="front",  # how each skeleton is seen, as in draw_strip
+    fps: float = None,  # frames a second: label the frames by their time
+    depth: float = 0.55,  # distance of two skeletons, in widths of the part of space that the clip needs
+    title: str = None,
+    colour_bar: str = "focus",  # its label; None: no bar
+    vmax: float = None,  # focus at the end of the colour map; None: its greatest
+    cmap: str = FOCUS_CMAP,
+    size: float = 16,  # of a joint, in points²
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+):  # matplotlib Axes
+    "Spatio-temporal focus volume (Fig. 1b): skeletons stacked along time, focus as colour. ValueError as in draw_strip."
+    joints, drawn, Q = _bodies(joints, skeleton, "MTVC", visible, Q)
+    if not drawn.any():
+        raise ValueError("no body is visible in any frame")
+    points = _project(_flip(joints, skeleton, y_down), view)
+    T, chosen = points.shape[1], _strip_frames(frames, joints.shape[1])
+    norm = mpl.colors.Normalize(*_limits(Q[drawn], 0.0, vmax))
+    low, high = _frame_limits(points[drawn])
+    width, height = high - low
+    step = max(depth * width, 0.3 * height) * (len(chosen) - 1)
+    time = np.arange(T) * step / max(T - 1, 1)
+    page = _oblique(points, time[:, None])
+    pane = np.array([low, (high[0], low[1]), high, (low[0], high[1])])
+    corners = np.stack([_oblique(pane, time[t]) for t in chosen])
+    box = _frame_limits(corners.reshape(-1, 2), 0.01)
+    ax = _axes(ax, (9, np.clip(9 * np.divide(*np.ptp(box, axis=0)[::-1]) + 0.5, 1.5, 9)))
+    for i, t in enumerate(chosen):
+        ax.add_patch(
+            mpl.patches.Polygon(corners[i], facecolor="white", alpha=0.4, edgecolor="none", zorder=10 * i)
+        )
+        ax.add_patch(
+            mpl.patches.Polygon(
+                corners[i], facecolor="none", edgecolor=COLOURS["light"], linewidth=0.6, zorder=10 * i
+            )
+        )
+        picture = _Bodies(ax, skeleton, True, size, norm, cmap)
+        picture.show(page[:, t], drawn[:, t], Q[:, t])
+        picture.bones.set_zorder(10 * i + 1)
+        picture.joints.set_zorder(10 * i + 2)
+        label = f"{t / fps:.2f} s" if fps else f"{t}" if i else f"frame {t}"
+        ax.annotate(
+            label,
+            corners[i, 0],
+            xytext=(0, -4),
+            textcoords="offset points",
+            ha="center",
+            va="top",
+            fontsize=7,
+        )
+        if i + 1 < len(chosen):
+            _joint_traces(ax, page, drawn, Q, norm, cmap, range(t, chosen[i + 1]), 10 * i + 3)
+    ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal")
+    ax.axis("off")
+    if title:
+        ax.set_title(title)
+    if colour_bar is not None:
+        _colour_bar(ax, norm, cmap, colour_bar, shrink=0.6)
+    return ax
+
+
+def _joint_traces(ax, page, drawn, Q, norm, cmap, times, zorder):
+    "The way of each joint from frame to frame, coloured and opaque by focus; where there is none, nothing."
+    times = np.asarray(times)
+    value = np.nan_to_num((Q[:, times + 1] + Q[:, times]) / 2)
+    share = np.clip(norm(value).data, 0, 1)
+    shown = drawn[:, times + 1] & drawn[:, times] & (share > 0.05)
+    lines = np.stack([page[:, times][shown], page[:, times + 1][shown]], 1)
+    colours = mpl.colormaps[cmap](share[shown])
+    colours[:, 3] = 0.2 + 0.6 * share[shown]
+    ax.add_collection(LineCollection(lines, colors=colours, linewidths=1.6, zorder=zorder), autolim=False)
+
+# %% ../nbs/01_plot.ipynb #c3fe7333
+@_styled
+def draw_focus_parts(
+    joints,  # (T,V,C) one body
+    Q,  # (T,V) focus, ≥ 0
+    skeleton: Skeleton,  # its layout
+    frames=7,  # how many, or a list of frame indices
+    visible=None,  # (T,V): joints at 0 are left out
+    view="front",  # as in draw_strip
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+    title: str = None,
+):  # matplotlib Figure
+    "Spatial focus, temporal focus and spatio-temporal focus of one clip (Fig. 1d). Raises ValueError as draw_strip."
+    Q = _array(Q, "Q")
+    if Q.ndim != 2 or 0 in Q.shape:
+        raise ValueError(f"Q must be (T,V), one body; got shape {Q.shape}")
+    where, when = np.broadcast_to(Q.mean(0), Q.shape), np.broadcast_to(Q.mean(1)[:, None], Q.shape)
+    rows = {
+        "where: joints weighted alike in all frames": where,
+        "when: frames weighted, all joints alike": when,
+        "where and when: spatio-temporal focus": Q,
+    }
+    return _strips(joints, skeleton, rows, frames, visible, view, y_down, title, scale=True)
+
+
+def _strips(joints, skeleton, rows, frames, visible, view, y_down, title, scale=False, cmap=FOCUS_CMAP):
+    "Strips one under another, one for each {title: values} of `rows` (values may be a pair (joints, values))."
+    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 2.3 * len(rows)), layout="constrained", squeeze=False)
+    for ax, (name, values) in zip(axes[:, 0], rows.items()):
+        shown, values = values if isinstance(values, tuple) else (joints, values)
+        top = np.nanmax(values) if scale and np.isfinite(values).any() else 1.0
+        draw_strip(
+            shown,
+            skeleton,
+            frames,
+            values / top if top > 0 else values,
+            visible,
+            ax,
+            view,
+            vmin=0,
+            vmax=1,
+            cmap=cmap,
+            y_down=y_down,
+        )
+        ax.set_title(name, loc="left", fontsize=9)
+    if title:
+        fig.suptitle(title, fontsize=10)
+    return fig
+
+# %% ../nbs/01_plot.ipynb #5badde47
+@_styled
+def draw_masked_input(
+    joints,  # (T,V,C) or (M,T,V,C)
+    Q,  # (T,V) or (M,T,V) focus in 0..1
+    skeleton: Skeleton,  # its layout; its centre joint is where masked joints go
+    frames=7,  # how many, or a list of frame indices
+    visible=None,  # (T,V) or (M,T,V): joints at 0 are left out
+    view="front",  # as in draw_strip
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+    title: str = None,
+):  # matplotlib Figure
+    """A clip with its focus, and what the exploration loss makes of it: X − Q⊙X (Eq. 3).
+
+    Darkness is what is left of the visibility. The main body's centre joint is subtracted frame by frame first, as preprocessing does. ValueError if Q leaves 0..1.
+    """
+    centred, drawn, mask = _bodies(joints, skeleton, "MTVC", visible, Q)
+    known = mask[drawn]
+    if not known.size or not np.isfinite(known).all() or known.min() < 0 or known.max() > 1 + 1e-6:
+        raise ValueError("Q must lie in 0..1 at every joint that is visible, and there must be one")
+    has_centre = drawn[:1, :, skeleton.centre, None, None]
+    centred = centred - np.where(has_centre, centred[:1, :, skeleton.centre, None], 0.0)
+    rows = {
+        "$X$ with focus $Q$": (centred, mask),
+        r"$X - Q \odot X$": (centred * (1 - mask[..., None]), 1 - mask),
+    }
+    window = _frame_limits(_project(_flip(centred, skeleton, y_down), view)[drawn], 0.02)
+    fig, axes = plt.subplots(2, 1, figsize=(9, 4.6), layout="constrained")
+    looks = zip((FOCUS_CMAP, "Greys"), ("focus", "visibility left"), (14, 6))
+    for ax, (name, (shown, values)), (cmap, label, size) in zip(axes, rows.items(), looks):
+        draw_strip(np.where(drawn[..., None], shown, np.nan), skeleton, frames, values, drawn, ax, view, window=window,
+                   colour_bar=label, vmin=0, vmax=1, cmap=cmap, size=size, y_down=y_down)  # fmt: skip
+        ax.set_title(name, loc="left", fontsize=9)
+    if title:
+        fig.suptitle(title, fontsize=10)
+    return fig
+
+# %% ../nbs/01_plot.ipynb #64dee450
+@_styled
+def draw_links(
+    joints,  # (V,C) one body
+    A,  # (V,V) strengths; negative ones are drawn in the second colour
+    skeleton: Skeleton,  # its layout
+    ax=None,  # axes to draw in; None: a new figure
+    top: int = 40,  # draw only so many of the strongest links
+    strongest: float = None,  # strength of the thickest line; None: the greatest here
+    view="front",  # "front", "side", "top" or an angle in degrees
+    title: str = None,
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+):  # matplotlib Axes
+    """The strongest links of an adjacency over a body (Fig. 1c).
+
+    The matrix is made symmetric, self-links are left out. Raises ValueError for shapes that don't fit.
+    """
+    A = _matrix(A)
+    V = skeleton.num_joints
+    if A.shape != (V, V):
+        raise ValueError(f"A must be ({V},{V}) for skeleton {skeleton.name!r}, got {A.shape}")
+    if not isinstance(top, (int, np.integer)) or top < 0:
+        raise ValueError(f"top must be an integer ≥ 0, got {top!r}")
+    body, drawn, _ = _bodies(joints, skeleton, "MVC")
+    if body.shape[:2] != (1, 1) or not drawn.any():
+        raise ValueError(f"links are drawn over one visible body (V,C), got shape {np.shape(joints)}")
+    ax = draw_skeleton(
+        joints, skeleton, ax, values=np.zeros(V), view=view, title=title, size=14, y_down=y_down, cmap="Greys"
+    )
+    points = _project(_flip(body[0, 0], skeleton, y_down), view)
+    i, j = np.triu_indices(V, 1)
+    strength = np.nan_to_num((A + A.T) / 2)[i, j] * (drawn[0, 0, i] & drawn[0, 0, j])
+    chosen = [n for n in np.argsort(-np.abs(strength), kind="stable")[:top] if strength[n] != 0]
+    share = np.clip(np.abs(strength[chosen]) / (strongest or max(np.abs(strength).max(), 1e-12)), 0, 1)
+    colours = [
+        mpl.colors.to_rgba(COLOURS["blue" if strength[n] > 0 else "vermillion"], 0.15 + 0.75 * s)
+        for n, s in zip(chosen, share)
+    ]
+    bone = skeleton.adjacency() > 0
+    lines = [_arc(points[i[n]], points[j[n]], 0.0 if bone[i[n], j[n]] else 0.12) for n in chosen]
+    ax.add_collection(
+        LineCollection(lines, colors=colours, linewidths=0.3 + 2.2 * share, zorder=2.5), autolim=False
+    )
+    return ax
+
+
+def _arc(a, b, bend, n=12):
+    "Points (n,2) on a slightly bent way from a to b, so that far links don't hide in the bones."
+    s = np.linspace(0, 1, n)[:, None]
+    side = np.array([a[1] - b[1], b[0] - a[0]]) * bend
+    return a + s * (b - a) + 4 * s * (1 - s) * side
+
+
+@_styled
+def draw_connections(
+    poses,  # n poses (V,C), one for each column, e.g. the middle frame of a clip
+    rows: dict,  # {row title: (V,V) for all columns, or (n,V,V)}
+    skeleton: Skeleton,  # its layout
+    titles=None,  # of the columns
+    top: int = 40,  # links a picture
+    y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
+):  # matplotlib Figure
+    "A grid of linked bodies: one row a kind of adjacency, one column a clip (Fig. 1c). Thickness is comparable within a row."
+    poses = list(poses)
+    if not poses or not rows or (titles is not None and len(titles) != len(poses)):
+        raise ValueError("give at least one pose and one row, and as many titles as poses")
+    n = len(poses)
+    fig, axes = plt.subplots(
+        len(rows), n, figsize=(2.4 * n + 0.4, 2.7 * len(rows)), layout="constrained", squeeze=False
+    )
+    for line, (name, A) in zip(axes, rows.items()):
+        A = _array(A, name)
+        if A.ndim not in (2, 3) or (A.ndim == 3 and len(A) != n):
+            raise ValueError(f"row {name!r} must be (V,V) or ({n},V,V), got {A.shape}")
+        A = np.broadcast_to(A, (n, *A.shape[-2:]))
+        between = np.nan_to_num((A + A.swapaxes(1, 2)) / 2) * (1 - np.eye(A.shape[-1]))
+        strongest = max(np.abs(between).max(initial=0), 1e-12)
+        for c, ax in enumerate(line):
+            draw_links(
+                poses[c],
+                A[c],
+                skeleton,
+                ax,
+                top,
+                strongest,
+                y_down=y_down,
+                title=None if titles is None or ax not in axes[0] else titles[c],
+            )
+        line[0].text(
+            -0.08, 0.5, name, rotation=90, va="center", ha="right", transform=line[0].transAxes, fontsize=9
+        )
+    return fig
+
+# %% ../nbs/01_plot.ipynb #98fd98f6
+@_styled
+def draw_dynamic_adjacency(
+    A,  # (V,V) A_k, the same for all clips
+    G,  # (n,V,V) G_k of n clips
+    skeleton: Skeleton,  # its layout
+    titles=None,  # n names of the clips
+    k: int = None,  # scale, for the titles
+    difference: bool = True,  # with two clips, a further panel: the second minus the first
+    title: str = None,
+):  # matplotlib Figure
+    "A_k beside A_k + G_k of each clip (Eq. 1, Fig. 1c bottom). Raises ValueError for shapes that don't fit."
+    A, G = _matrix(A), _array(G, "G")
+    G = G[None] if G.ndim == 2 else G
+    if G.ndim != 3 or G.shape[1:] != A.shape or not len(G):
+        raise ValueError(f"G must be (n,V,V) with the shape of A, {A.shape}; got {G.shape}")
+    titles = [f"clip {i + 1}" for i in range(len(G))] if titles is None else list(titles)
+    if len(titles) != len(G):
+        raise ValueError(f"{len(G)} clips, but {len(titles)} titles")
+    symbol = lambda s: f"${s}_{{{'k' if k is None else k}}}$"
+    panels = {symbol("A"): A} | {f"{symbol('A')} + {symbol('G')}: {t}": A + g for t, g in zip(titles, G)}
+    everything = _matrix(np.stack(list(panels.values())).reshape(len(panels), -1), "A + G")
+    norm, cmap = _matrix_norm(everything, None, None, None)
+    further = difference and len(G) == 2
+    n = len(panels) + further
+    fig, axes = plt.subplots(1, n, figsize=(3.0 * n + 1.4, 4.1), layout="constrained", squeeze=False)
+    groups = limb_groups(skeleton)
+    for ax, (name, matrix) in zip(axes[0], panels.items()):
+        draw_adjacency(
+            matrix,
+            skeleton,
+            ax,
+            title=name,
+            vmin=norm.vmin,
+            vmax=norm.vmax,
+            cmap=cmap,
+            colour_bar=None,
+            font=5,
+        )
+    _colour_bar(axes[0, len(panels) - 1], norm, cmap, "")
+    if further:
+        change = G[1] - G[0]
+        reach = max(np.nanmax(np.abs(change), initial=0), 1e-12)
+        draw_adjacency(
+            change,
+            skeleton,
+            axes[0, -1],
+            title="second − first clip",
+            vmin=-reach,
+            vmax=reach,
+            cmap=SIGNED_CMAP,
+            font=5,
+        )
+    for ax in axes[0, 1:]:
+        ax.set_yticks([])
+        _separate(ax.axhline, groups)
+    if title:
+        fig.suptitle(title, fontsize=10)
+    return fig
+
+# %% ../nbs/01_plot.ipynb #ce3948d1
+@_styled
+def draw_betas(
+    betas,  # the modules' maps, each (T_l,V) or (M,T_l,V); a list, or {name: map}
+    skeleton: Skeleton,  # its layout
+    columns: int = 3,  # panels in a row
+    vmin: float = 0.0,  # values at the ends of the colour map
+    vmax: float = 1.0,
+    title: str = None,
+    colour_bar: str = r"$\beta$",  # its label
+):  # matplotlib Figure
+    """The β map of each STF module, frames × joints (Eq. 1), over the clip's whole length.
+
+    Raises ValueError if there is no map, or one doesn't fit the skeleton.
+    """
+    maps = betas if isinstance(betas, dict) else {f"STF module {i + 1}": b for i, b in enumerate(betas)}
+    if not maps:
+        raise ValueError("there is no map to draw")
+    columns = min(columns, len(maps))
+    rows = -(-len(maps) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(3 * columns + 1.4, 2.9 * rows), layout="constrained", squeeze=False
+    )
+    for ax in axes.flat[len(maps) :]:
+        ax.remove()
+    for i, (ax, (name, beta)) in enumerate(zip(axes.flat, maps.items())):
+        T = np.shape(beta)[-2] if np.ndim(beta) >= 2 else 1
+        draw_focus(
+            beta,
+            skeleton,
+            ax,
+            title=f"{name} ({T} frames)",
+            colour_bar=None,
+            vmin=vmin,
+            vmax=vmax,
+            font=5.5,
+            fps=T,
+        )
+        ax.set(
+            xlabel="share of the clip" if i >= len(maps) - columns else "",
+            xticks=[0, 0.25, 0.5, 0.75, 1],
+            xlim=(0, 1),
+        )
+        if i % columns:
+            ax.set_yticks([])
+    _colour_bar(list(axes.flat[: len(maps)]), mpl.colors.Normalize(vmin, vmax), FOCUS_CMAP, colour_bar)
+    if title:
+        fig.suptitle(title, fontsize=10)
+    return fig

@@ -208,3 +208,169 @@ def test_use_style_is_the_only_global_change():
     with plt.rc_context():
         plot.use_style()
         assert plt.rcParams["axes.spines.top"] is False
+
+
+def test_confusion_in_per_cent_by_name():
+    counts = pd.DataFrame([[3, 1], [0, 0]], index=["a", "b"], columns=["a", "b"])
+    shown = plot.draw_confusion(counts).images[0].get_array()
+    assert shown[0].tolist() == [75, 25] and shown.mask[1].all()  # no clip of class b: unknown, not 0 %
+    assert plot.draw_confusion(counts, classes=["b", "a"]).get_yticklabels()[0].get_text() == "b"
+    pixels(plot.draw_confusion(np.eye(60), share=False))
+    for wrong in [counts[["b", "a"]], -counts, np.ones((2, 3))]:
+        with pytest.raises(ValueError):
+            plot.draw_confusion(wrong)
+
+
+@pytest.mark.parametrize("skeleton", [*SKELETONS.values(), DOT], ids=lambda s: s.name)
+def test_focus_figures_for_every_layout(skeleton):
+    joints = clip(skeleton, C=2)
+    Q = np.random.default_rng(1).random(joints.shape[:-1])
+    Q[1, :3], joints[1, :3] = 0, 0  # the second body comes late
+    V = skeleton.num_joints
+    pixels(plot.draw_focus_volume(joints, Q, skeleton, frames=3))
+    pixels(plot.draw_focus_parts(joints[0], Q[0], skeleton, frames=3))
+    pixels(plot.draw_masked_input(joints, Q, skeleton, frames=3))
+    pixels(plot.draw_betas([Q, Q[0], Q[:, ::2]], skeleton))
+    A = skeleton.adjacency() + np.eye(V)
+    pixels(plot.draw_connections(joints[0, :2], {"A": A, "A + G": np.stack([A, 2 * A])}, skeleton, titles=["x", "y"]))
+    pixels(plot.draw_dynamic_adjacency(A, np.stack([A, -A]), skeleton, k=1))
+
+
+def test_focus_figures_of_a_single_frame_and_of_zeros():
+    ntu = SKELETONS["ntu25"]
+    joints = clip(ntu, M=1, T=1)[0]
+    for Q in [np.zeros((1, 25)), np.ones((1, 25))]:
+        pixels(plot.draw_focus_volume(joints, Q, ntu))
+        pixels(plot.draw_focus_parts(joints, Q, ntu))
+        pixels(plot.draw_masked_input(joints, Q, ntu))
+
+
+def test_masked_joints_fall_into_the_centre():
+    ntu = SKELETONS["ntu25"]
+    joints = clip(ntu, M=1, T=1)[0] + 5.0
+    fig = plot.draw_masked_input(joints, np.ones((1, 25)), ntu)
+    points = fig.axes[1].collections[1].get_offsets()
+    assert np.ptp(points, axis=0).max() < 1e-9
+    for Q in [np.full((1, 25), 1.5), np.full((1, 25), np.nan), -np.ones((1, 25))]:
+        with pytest.raises(ValueError, match="0..1"):
+            plot.draw_masked_input(joints, Q, ntu)
+
+
+def test_links_are_those_of_the_matrix():
+    ntu = SKELETONS["ntu25"]
+    pose = clip(ntu)[0, 0]
+    A = np.eye(25)
+    A[3, 7] = 1.0
+    ax = plot.draw_links(pose, A, ntu)
+    (link,) = ax.collections[2].get_segments()
+    assert np.allclose(link[[0, -1]], pose[[3, 7], :2])
+    assert not plot.draw_links(pose, np.eye(25), ntu).collections[2].get_segments()
+    for wrong in [dict(A=np.eye(3)), dict(top=-1), dict(joints=np.zeros((25, 3))), dict(joints=np.ones((2, 25, 3)))]:
+        with pytest.raises(ValueError):
+            plot.draw_links(**{"joints": pose, "A": A, "skeleton": ntu, **wrong})
+
+
+@pytest.mark.parametrize(
+    "draw, arguments",
+    [
+        ("draw_focus", (np.ones((4, 24)),)),
+        ("draw_focus", (np.full((4, 25), np.nan),)),
+        ("draw_focus_volume", (np.ones((4, 25, 3)), np.ones((3, 25)))),
+        ("draw_focus_volume", (np.zeros((4, 25, 3)), np.ones((4, 25)))),
+        ("draw_focus_parts", (np.ones((4, 25, 3)), np.ones((2, 4, 25)))),
+        ("draw_betas", ([],)),
+        ("draw_betas", ([np.ones((4, 24))],)),
+        ("draw_dynamic_adjacency", (np.eye(25), np.ones((2, 24, 24)))),
+        ("draw_connections", ([np.ones((25, 3))], {"A": np.ones((2, 25, 25))})),
+        ("draw_connections", ([], {"A": np.eye(25)})),
+    ],
+)
+def test_focus_figures_refuse(draw, arguments):
+    with pytest.raises(ValueError):
+        getattr(plot, draw)(*arguments, SKELETONS["ntu25"])
+
+
+def gif_frames(path):
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        frames = []
+        for i in range(picture.n_frames):
+            picture.seek(i)
+            frames.append(np.asarray(picture.convert("RGB")))
+        return frames, picture.info["duration"]
+
+
+def test_a_gif_has_every_frame_at_the_right_speed_on_white(tmp_path):
+    ntu = SKELETONS["ntu25"]
+    anim = plot.animate(clip(ntu, T=9), ntu, fps=20, step=2)
+    frames, duration = gif_frames(plot.save_animation(anim, tmp_path / "a.gif", dpi=50))
+    assert len(frames) == 5 and duration == 100
+    assert frames[0][0, 0].tolist() == [255, 255, 255]
+    assert not np.array_equal(frames[0], frames[-1])
+    assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
+
+
+def test_side_by_side_with_different_lengths_skeletons_and_views(tmp_path):
+    ntu, coco = SKELETONS["ntu25"], SKELETONS["coco17"]
+    clips = [clip(ntu, T=5), clip(coco, T=3, C=2)[0]]
+    values = [np.full((2, 5, 25), 0.5), None]
+    anim = plot.animate(clips, [ntu, coco], values=values, view=[(0, 90), "front"], titles=["a", "b"], colour_bar="v")
+    assert len(gif_frames(plot.save_animation(anim, tmp_path / "a.gif", dpi=40))[0]) == 5
+    with pytest.raises(ValueError, match="2 clips, but 1 titles"):
+        plot.animate(clips, [ntu, coco], titles=["a"])
+
+
+def test_a_page_plays_alone(tmp_path):
+    ntu = SKELETONS["ntu25"]
+    text = plot.save_animation(plot.animate(clip(ntu, T=3), ntu), tmp_path / "a.html", dpi=40).read_text()
+    assert text.count('"iVBOR') == 3 and "http" not in text and "{{" not in text
+
+
+def test_a_failing_animation_leaves_the_old_file_and_nothing_else(tmp_path):
+    ntu = SKELETONS["ntu25"]
+    path = tmp_path / "a.gif"
+    path.write_text("old")
+    anim = plot.animate(clip(ntu, T=3), ntu)
+    plot.save_animation(anim, tmp_path / "b.gif", dpi=30)
+    anim._func = lambda frame: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        plot.save_animation(anim, path)
+    assert path.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == ["a.gif", "b.gif"]
+
+
+@pytest.mark.filterwarnings("ignore:Animation was deleted")
+def test_what_cannot_be_saved_says_why(tmp_path):
+    ntu = SKELETONS["ntu25"]
+    anim = plot.animate(clip(ntu, T=2), ntu, fps=120)
+    with pytest.raises(ValueError, match="at most 50"):
+        plot.save_animation(anim, tmp_path / "a.gif")
+    with pytest.raises(ValueError, match="no folder"):
+        plot.save_animation(anim, tmp_path / "none" / "a.html")
+    with pytest.raises(ValueError, match="written as"):
+        plot.save_animation(anim, tmp_path / "a")
+    if matplotlib.animation.writers.is_available("ffmpeg"):
+        assert plot.save_animation(anim, tmp_path / "a.mp4").stat().st_size
+    else:
+        with pytest.raises(RuntimeError, match="ffmpeg"):
+            plot.save_animation(anim, tmp_path / "a.mp4")
+    plot.save_animation(anim, tmp_path / "a.html", dpi=30)
+
+
+def test_animation_html_is_one_picture_within_its_limit():
+    ntu = SKELETONS["ntu25"]
+    html = plot.animation_html(plot.animate(clip(ntu, M=1, T=4)[0], ntu, trail="head"), alt='a "wave" <b>')
+    assert html._repr_html_().startswith('<img alt="a &quot;wave&quot; &lt;b>" src="data:image/gif;base64,') and len(repr(html)) < 40
+    assert not plt.get_fignums()
+    anim = plot.animate(clip(ntu, T=4), ntu)
+    with pytest.raises(ValueError, match="limit=1"):
+        plot.animation_html(anim, limit=1)
+
+
+@pytest.mark.parametrize("options", [{"fps": 0}, {"fps": np.inf}, {"step": 0}, {"step": 1.5}, {"view": (0, 1, 2)}, {"trail": ["tail"]}, {"values": np.ones((2, 5, 25))}])
+@pytest.mark.filterwarnings("ignore:Animation was deleted")
+def test_animate_refuses(options):
+    with pytest.raises(ValueError):
+        plot.animate(clip(SKELETONS["ntu25"]), SKELETONS["ntu25"], **options)
+    with pytest.raises(ValueError, match="no body"):
+        plot.animate(np.zeros((4, 25, 3)), SKELETONS["ntu25"])
