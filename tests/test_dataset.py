@@ -1,0 +1,552 @@
+"Stores and batches: what the notebooks 03b and 04 can't show: real files, damage, kills, random clips against the naive words."
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stf.batches import STREAMS, in_channels, link_slots, make_batch, pack_clip, pack_clips, unpack_clip
+from stf.clips import Clip, ClipError
+from stf.dataset import ClipStore, StoreError, fraction, protocol_side, validation_split
+from stf.skeleton import SKELETONS, Skeleton
+
+REAL = Path(os.environ.get("STF_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "real-data"))
+needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"real recordings are not at {REAL}")
+BODY = Skeleton("body", ("hip", "chest", "head", "left hand", "right hand"), ((1, 0), (2, 1), (3, 1), (4, 1)), 0, (2, 1, 0), (0, 1), (4, 3))
+FLAT = Skeleton("flat", ("hip", "chest", "head", "left hand", "right hand"), ((1, 0), (2, 1), (3, 1), (4, 1)), 0, (2, 1, 0))
+
+
+def clip(name="a", label=0, M=1, T=5, seed=0, skeleton=BODY, C=3, **more):
+    rng = np.random.default_rng(seed)
+    return Clip(rng.normal(size=(M, T, skeleton.num_joints, C)), name=name, label=label, skeleton=skeleton, **more)
+
+
+def some(n, **more):
+    return [clip(f"clip {i}", i % 3, 1 + i % 2, 1 + i % 7, i, **more) for i in range(n)]
+
+
+def build(clips, folder, **more):
+    return ClipStore.build(clips, folder, progress=False, **more)
+
+
+# ---------------------------------------------------------------- batches against a slow, separate reading of the same words
+
+
+@st.composite
+def random_clip(draw, C=3, max_frames=12):
+    M, T = draw(st.integers(1, 4)), draw(st.integers(1, max_frames))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    joints = rng.normal(size=(M, T, 5, C)).astype(np.float32)
+    visible = (rng.random((M, T, 5)) > draw(st.sampled_from([0, 0.2, 0.9]))).astype(np.float32)
+    if C == 2:
+        visible *= rng.integers(1, 1000, visible.shape) / np.float32(1000)
+    here = rng.random((M, T)) > draw(st.sampled_from([0, 0.3, 0.8]))
+    here[rng.integers(M), rng.integers(T)] = True
+    joints[~here], visible[~here] = 0, 0
+    joints[visible == 0] = 0
+    if not joints.any():
+        joints[0, 0], visible[0, 0] = 1.5, 1
+    return Clip(joints, visible, "random", 0, skeleton=BODY if C == 3 else FLAT, tags={"listed": rng.permutation(M).tolist()})
+
+
+def naive_bodies(c, num_bodies):
+    X, W = c.joints.astype(np.float64), c.visible.astype(np.float64)
+    M, T = W.shape[:2]
+    out = [np.zeros((num_bodies, T) + X.shape[2:]), np.zeros((num_bodies, T) + W.shape[2:])]
+    if X.shape[-1] == 2:
+        for t in range(T):
+            for to, m in enumerate(sorted(range(M), key=lambda m: (-sum(c.visible[m, t].tolist()), m))[:num_bodies]):
+                out[0][to, t], out[1][to, t] = X[m, t], W[m, t]
+        return out
+    places = []  # of each place: list of (track, first, end)
+    for m in range(M):
+        seen = np.flatnonzero(X[m].any((1, 2)) | W[m].any(1))
+        if len(seen):
+            for place in places:
+                if place[-1][2] <= seen[0]:
+                    break
+            else:
+                places.append(place := [])
+            place.append((m, seen[0], seen[-1] + 1))
+
+    def spread(place):
+        xs = np.concatenate([X[m, t][None] for m, a, b in place for t in range(a, b) if X[m, t].any() or W[m, t].any()])
+        return sum(xs[..., c].std() for c in range(3))
+
+    for to, place in enumerate(sorted(places, key=spread, reverse=True)[:num_bodies]):
+        for m, a, b in place:
+            out[0][to, a:b], out[1][to, a:b] = X[m, a:b], W[m, a:b]
+    return out
+
+
+def naive_paper(c, stream, length, num_bodies):
+    X, W = naive_bodies(c, num_bodies)
+    if X.shape[-1] == 2:
+        X[..., 1] = -X[..., 1]
+    T, s = X.shape[1], c.skeleton
+    seen = [t for t in range(T) if W[0, t, s.centre] > 0]
+    if seen:
+        centre = np.array([X[0, min(seen, key=lambda u: (abs(u - t), u)), s.centre] for t in range(T)])
+    else:
+        points = [X[0, t, v] for t in range(T) for v in range(X.shape[2]) if W[0, t, v] > 0]
+        centre = np.repeat(np.mean(points, 0)[None] if points else np.zeros((1, X.shape[-1])), T, 0)
+    lengths = {}
+    for a, b in zip(s.height, s.height[1:]):
+        for t in range(T):
+            if W[0, t, a] > 0 and W[0, t, b] > 0:
+                lengths[a, b, t] = np.linalg.norm(X[0, t, a] - X[0, t, b])
+    pairs = list(zip(s.height, s.height[1:]))
+    whole = [sum(lengths[p + (t,)] for p in pairs) for t in range(T) if all(p + (t,) in lengths for p in pairs)]
+    each = [[x for (a, b, _), x in lengths.items() if (a, b) == p] for p in pairs]
+    height = np.median(whole) if whole else sum(np.median(e) for e in each if e)
+    X = (X - centre[None, :, None]) / (height if height > 1e-6 else 1) * (W > 0)[..., None]
+    x, w = np.zeros((num_bodies, length) + X.shape[2:]), np.zeros((num_bodies, length) + W.shape[2:])
+    for t in range(length):
+        u = t % T if T <= length else int((2 * t + 1) * T / (2 * length))
+        x[:, t], w[:, t] = X[:, u], W[:, u]
+    if stream.startswith("bone"):
+        p = s.parents
+        x, w = x - x[:, :, p], np.minimum(w, w[:, :, p])
+        x = x * (w > 0)[..., None]
+    if stream.endswith("motion"):
+        y, v = np.zeros_like(x), w.copy()
+        y[:, :-1], v[:, :-1] = x[:, 1:] - x[:, :-1], np.minimum(w[:, :-1], w[:, 1:])
+        x, w = y * (v > 0)[..., None], v
+    return np.concatenate([x, w[..., None]], -1).transpose(3, 1, 2, 0)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_paper_batches_equal_the_naive_reading(data):
+    C = data.draw(st.sampled_from([3, 3, 2]))
+    clips = data.draw(st.lists(random_clip(C), min_size=1, max_size=4))
+    stream, length, M = data.draw(st.sampled_from(STREAMS)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 3))
+    x, _ = make_batch(clips, stream=stream, length=length, num_bodies=M)
+    for got, c in zip(x.numpy(), clips):
+        want = naive_paper(c, stream, length, M)
+        scale = max(1, np.abs(want[:C]).max())  # a random height can be tiny
+        np.testing.assert_allclose(got / scale, want / scale, atol=2e-6)
+
+
+def public_steps(frames, length=300, num_bodies=2, centre=0, spine=(0, 1), shoulders=(4, 3)):
+    "The public preparation from lists of bodies as a file gives them: frames[t] = [(V,3), …]."
+    V = frames[0][0].shape[0] if frames[0] else next(b for f in frames for b in f).shape[0]
+    D = np.zeros((4, len(frames), V, 3))
+    for t, f in enumerate(frames):
+        for m, body in enumerate(f[:4]):
+            D[m, t] = body
+    energy = []
+    for body in D:
+        there = body[body.any((1, 2))]
+        energy.append(there.std((0, 1)).sum() if len(there) else -1)
+    D = D[np.argsort(energy, kind="stable")[::-1][:num_bodies]]
+    s = np.zeros((num_bodies, length, V, 3), np.float32)
+    for to, body in enumerate(D):
+        there = body.any((1, 2))
+        if there.any():
+            body = body[there] if not there[0] else body[: np.flatnonzero(there)[-1] + 1]
+            s[to] = body[np.arange(length) % len(body)]
+    c = s[0, :, centre].copy()
+    s = (s - c[None, :, None]) * (s.sum(-1) != 0)[..., None]
+    for (a, b), axis in ((spine, 2), (shoulders[::-1], 0)):
+        v, e = (s[0, 0, b] - s[0, 0, a]).astype(np.float64), np.eye(3)[axis]
+        turn = np.cross(v, e)
+        if np.abs(turn).sum() > 1e-6:
+            angle, turn = np.arccos(np.clip(v @ e / np.linalg.norm(v), -1, 1)), turn / np.linalg.norm(turn)
+            K = np.cross(np.eye(3), turn)
+            s = (s @ (np.eye(3) + np.sin(angle) * K + (1 - np.cos(angle)) * K @ K).T).astype(np.float32)
+    return s.transpose(3, 1, 2, 0)
+
+
+@settings(max_examples=100, deadline=None)
+@given(random_clip(), st.integers(12, 30), st.integers(1, 2))
+def test_msg3d_batches_equal_the_public_steps(c, length, M):
+    listed = np.argsort(c.tags["listed"])
+    frames = [[c.joints[m, t] for m in listed if c.joints[m, t].any()] for t in range(c.joints.shape[1])]
+    if not any(frames):
+        return
+    want = public_steps(frames, length, M)
+    got = make_batch(c, preprocess="msg3d", length=length, num_bodies=M).x[0].numpy()
+    np.testing.assert_allclose(got, want, atol=2e-4 if np.abs(want).max() > 20 else 2e-5)
+
+
+@needs_real
+def test_golden_pairs_of_the_public_preprocessing():
+    from stf.clips import read_kinetics, read_ntu
+
+    golden = np.load(REAL / "ntu-msg3d-npy/golden_pairs.npz")
+    for stream in ("joint", "bone"):
+        clips = [read_ntu(REAL / f"ntu-raw/skeletons/{str(n)[:20]}.skeleton") for n in golden[stream + "_names"]]
+        x, _ = make_batch(clips, stream=stream, preprocess="msg3d")
+        assert np.abs(x.numpy() - golden[stream]).max() < 1e-5
+    pair = REAL / "kinetics-skeleton/pairs/bqfirst"
+    x, _ = make_batch(read_kinetics(pair / "open_pose_skeleton.json"), preprocess="msg3d")
+    assert np.abs(x.numpy() - np.load(pair / "test_data_joint.npy")).max() < 1e-5
+
+
+@needs_real
+def test_golden_pair_through_a_store(tmp_path):
+    from stf.clips import read_ntu
+
+    golden = np.load(REAL / "ntu-msg3d-npy/golden_pairs.npz")
+    clips = [read_ntu(p) for p in sorted((REAL / "ntu-raw/skeletons").glob("*.skeleton"))]
+    store = build(clips, tmp_path / "s")
+    for stream in ("joint", "bone"):
+        at = [store.names.index(str(n)[:20]) for n in golden[stream + "_names"]]
+        x, _ = store.batch(at, stream, "msg3d")
+        assert np.abs(x.numpy() - golden[stream]).max() < 1e-5
+    x, _ = store.batch(range(len(store)))
+    assert x.shape == (18, 4, 300, 25, 2) and x.isfinite().all() and x.abs().max() < 20
+
+
+def test_absent_body_is_all_zero_and_one_body_is_enough():
+    x, _ = make_batch([clip(M=1), clip(M=2)], length=7)
+    absent = (x == 0).flatten(1, 3).all(1)
+    assert absent.tolist() == [[False, True], [False, False]]
+    assert make_batch(clip(M=3), num_bodies=1, length=7).x.shape == (1, 4, 7, 5, 1)
+    assert make_batch(clip(M=1), preprocess="msg3d", num_bodies=3, length=7).x[..., 1:].abs().sum() == 0
+
+
+def test_one_frame_clips_and_one_frame_batches():
+    x, _ = make_batch([clip(T=1), clip(T=9)], stream="joint-motion", length=6)
+    assert x[0, :3].abs().sum() == 0 and (x[0, 3, :, :, 0] == 1).all()
+    assert make_batch([clip(T=1), clip(T=9)], stream="bone-motion", length=1).x.shape == (2, 4, 1, 5, 2)
+
+
+def test_batch_of_a_clip_does_not_depend_on_its_neighbours():
+    clips = some(9)
+    for preprocess in ("paper", "msg3d"):
+        together = make_batch(clips, preprocess=preprocess, length=11).x
+        for i, c in enumerate(clips):
+            assert torch.equal(together[i], make_batch(c, preprocess=preprocess, length=11).x[0])
+
+
+def test_channels_and_dtype():
+    flat = clip(skeleton=FLAT, C=2)
+    assert in_channels(pack_clips([flat])) == 3 and in_channels(flat, "msg3d") == 3
+    assert in_channels(3) == 4 and in_channels(3, "msg3d") == 3
+    x, y = make_batch(clip(), dtype=torch.float64, length=3)
+    assert x.dtype == torch.float64 and y.dtype == torch.int64
+    with pytest.raises(ValueError, match="openpose18"):
+        make_batch(flat, preprocess="msg3d")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"stream": "bones"}, "choose one of"), ({"preprocess": "ntu"}, "choose one of"), ({"length": 0}, "length must be"),
+        ({"num_bodies": 1.5}, "num_bodies must be"), ({"indices": []}, "at least one"), ({"indices": [0.5]}, "indices must be"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_batch([clip()], **arguments)
+
+
+def test_places_of_tracks_never_overlap():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        spans = np.sort(rng.integers(0, 20, (6, 2)), 1)
+        spans[:, 1] -= spans[:, 0]
+        slots = link_slots(spans)
+        taken = [(slots[m], t) for m, (a, n) in enumerate(spans) for t in range(a, a + n)]
+        assert len(taken) == len(set(taken))
+
+
+@settings(max_examples=50, deadline=None)
+@given(random_clip())
+def test_rows_give_a_clip_back(c):
+    joints, visible = unpack_clip(pack_clips([c]), 0)
+    assert np.array_equal(joints, c.joints) and np.array_equal(visible, c.visible)
+
+
+# ---------------------------------------------------------------- protocols
+
+
+@pytest.fixture(scope="session")
+def label_lists():
+    if not REAL.exists():
+        pytest.skip(f"real recordings are not at {REAL}")
+    lists = {}
+    with tarfile.open(REAL / "ntu-labels/ntu_split_labels.tar.xz") as tar:
+        for member in tar:
+            if member.isfile():
+                names, labels = pickle.loads(tar.extractfile(member).read())  # our own reference file
+                lists[tuple(Path(member.name).parts[-3:-1]) + (Path(member.name).name.split("_")[0],)] = [n[:20] for n in names], labels
+    return lists
+
+
+@needs_real
+@pytest.mark.parametrize("data, protocol", [("ntu", "xsub"), ("ntu", "xview"), ("ntu120", "xsub"), ("ntu120", "xset")])
+def test_standard_splits_name_for_name(label_lists, data, protocol, tmp_path):
+    (train, train_labels), (val, val_labels) = (label_lists[data, protocol, side] for side in ("train", "val"))
+    names = sorted(train + val)
+    if data == "ntu120" and protocol == "xset":  # once through a store, with the official list applied
+        from stf.clips import ntu_missing_skeletons
+
+        one = np.ones((1, 1, 25, 3), np.float32)
+        clips = (Clip(one, name=n, label=int(n[17:]) - 1) for n in sorted(names + list(ntu_missing_skeletons())))
+        store = build(clips, tmp_path / "s")
+        assert store.names == names and len(store.skipped) == 535
+        sides = [[store.names[i] for i in side] for side in store.split(protocol)]
+        label = dict(zip(train + val, train_labels + val_labels))
+        assert all(store.labels[i] == label[n] for i, n in enumerate(store.names))
+    else:
+        from stf.clips import parse_ntu_name
+
+        sides = [[n for n in names if protocol_side(parse_ntu_name(n), protocol) == side] for side in ("train", "test")]
+    assert sides == [sorted(train), sorted(val)]
+
+
+def test_stored_split_comes_first_and_unknown_ones_list_what_there_is(tmp_path):
+    clips = [clip(f"S001C001P00{i}R001A001", split={"xsub": "test" if i % 2 else "train", "own": "train"}) for i in range(1, 5)]
+    store = build(clips, tmp_path / "s")
+    assert [s.tolist() for s in store.split("Cross-Subject")] == [[1, 3], [0, 2]]
+    assert [s.tolist() for s in store.split("own")] == [[0, 1, 2, 3], []]
+    assert [s.tolist() for s in store.split("x-view")] == [[], [0, 1, 2, 3]]
+    with pytest.raises(StoreError, match="knows own, xsub, x-view, x-set"):
+        store.split("xmoon")
+    with pytest.raises(StoreError, match="put your own in Clip.split"):
+        build(some(3), tmp_path / "t").split("xsub")
+
+
+def test_ucla_views():
+    assert protocol_side({"action": 1, "subject": 2, "take": 3, "view": 3}, "xview") == "test"
+    assert protocol_side({"action": 1, "subject": 2, "take": 3, "camera": 2}, "x-view") == "train"
+    assert protocol_side({"action": 1, "subject": 2, "take": 3, "view": 2}, "x-sub") is None
+
+
+def test_validation_and_fraction(tmp_path):
+    store = build([clip(f"S001C001P{s:03d}R{r:03d}A001", r % 4) for s in range(1, 9) for r in range(1, 11)], tmp_path / "s")
+    train, _ = store.split("xsub")
+    a, b = validation_split(store, train, seed=3)
+    assert sorted([*a, *b]) == train.tolist() and len(b) == 10 and len({store.names[i][9:12] for i in b}) == 1
+    assert np.array_equal(b, validation_split(store, train, seed=3)[1])
+    assert len({tuple(validation_split(store, train, seed=s)[1]) for s in range(20)}) > 1
+    with pytest.raises(StoreError, match="same 'camera'"):
+        validation_split(store, train, by="camera")
+    with pytest.raises(StoreError, match="no tag 'hat'"):
+        validation_split(store, train, by="hat")
+    small, large = fraction(store, train, 0.1, 5, stratified=True), fraction(store, train, 0.5, 5, stratified=True)
+    assert set(small) <= set(large) and set(store.labels[small]) == set(store.labels[train])
+    assert len(fraction(store, train, 0.25)) == 13 and len(fraction(store, train, 1)) == len(train)
+
+
+# ---------------------------------------------------------------- the store
+
+
+def files_of(folder):
+    return {p.name: p.read_bytes() for p in sorted(Path(folder).iterdir())}
+
+
+def test_store_gives_clips_back_and_is_the_same_bytes_twice(tmp_path):
+    clips = some(700, split={"mine": "train"}, tags={"bodies": ["7", "8"], "subject": 3})
+    store, again = build(clips, tmp_path / "a"), build(iter(clips), tmp_path / "b")
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    store.verify()
+    for c, back in zip(clips, store):
+        assert np.array_equal(c.joints, back.joints) and np.array_equal(c.visible, back.visible)
+        assert (c.name, c.label, c.tags, c.split, c.skeleton) == (back.name, back.label, back.tags, back.split, back.skeleton)
+    x = again.batch([5, 699, 5], "bone", length=9).x
+    assert torch.equal(x, make_batch([clips[5], clips[699], clips[5]], stream="bone", length=9).x)
+    assert torch.equal(x, again.to("cpu").batch([5, 699, 5], "bone", length=9).x)
+    assert torch.equal(pickle.loads(pickle.dumps(store)).batch([5, 699, 5], "bone", length=9).x, x)
+
+
+def test_compact_types_are_exact(tmp_path):
+    rng = np.random.default_rng(0)
+    thousandths = [Clip((rng.integers(0, 1001, (1, 4, 18, 2)) / 1000), rng.integers(0, 1001, (1, 4, 18)) / 1000, f"k{i}", 0) for i in range(300)]
+    halves = [Clip(rng.normal(size=(1, 4, 25, 3)).astype(np.float16), name=f"h{i}", label=0) for i in range(3)]
+    for clips, types in ((thousandths, ["int16", "int16"]), (halves, ["float16", "uint8"])):
+        store = build(clips, tmp_path / types[0])
+        assert list(store.header["types"].values()) == types
+        assert all(np.array_equal(c.joints, b.joints) and np.array_equal(c.visible, b.visible) for c, b in zip(clips, store))
+        assert torch.equal(store.batch(range(3), length=5).x, make_batch(clips[:3], length=5).x)
+    last = Clip(np.full((1, 1, 18, 2), 1 / 3), name="third", label=0)  # one clip that is not exact decides for all
+    assert build(thousandths + [last], tmp_path / "mixed").header["types"]["joints"] == "float32"
+
+
+def test_classes(tmp_path):
+    named = [clip("a", 4, class_name="jump"), clip("b", 2, class_name="run")]
+    store = build(named, tmp_path / "a")
+    assert store.classes == ["run", "jump"] and store.labels.tolist() == [1, 0] and store[0].label == 4
+    store = build(named, tmp_path / "b", classes=["sit", "lie", "run", "walk", "jump"])
+    assert store.labels.tolist() == [4, 2] and store.batch([0], length=3).y.tolist() == [4]
+    with pytest.raises(StoreError, match="'a' has label 4, but classes has 2 names"):
+        build(named, tmp_path / "c", classes=["run", "jump"])
+    with pytest.raises(StoreError, match=r"classes\[4\] is 'run'"):
+        build(named, tmp_path / "c", classes=["sit", "lie", "jump", "walk", "run"])
+    with pytest.raises(StoreError, match="'jump' in clip 'a' and 'hop' in clip 'b'"):
+        build([clip("a", 1, class_name="jump"), clip("b", 1, class_name="hop")], tmp_path / "c")
+    with pytest.raises(StoreError, match="belongs to labels"):
+        build([clip("a", 0, class_name="jump"), clip("b", 1, class_name="jump")], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_clips_that_do_not_fit_are_named(tmp_path):
+    other = clip("other", skeleton=SKELETONS["kinect20"])
+    far = [clip(f"c{i}") for i in range(300)]  # the odd one in another shard than the first
+    for clips, message in (
+        ([clip("same"), clip("same")], "'same'"), (far + [clip("c0")], "'c0'"), ([clip("a"), other], "'a' and 'other'"),
+        (far + [other], "'c256' and 'other'"), ([clip("a", None)], "'a' has no label"), ([], "no clip to store"),
+        ([clip("a", skeleton=FLAT, C=2), clip("b", skeleton=FLAT, C=3)], "coordinates"),
+        ([Clip(np.ones((1, 1, 7, 3)), name="seven", label=0)], "'seven' has no skeleton"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=message):
+            build(clips, tmp_path / "s")
+        assert list(tmp_path.iterdir()) == []
+
+
+class Reader:
+    "Raises a ClipError for every third clip and goes on, as a reader of files does."
+
+    def __init__(self, n):
+        self.n, self.at = n, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.at == self.n:
+            raise StopIteration
+        self.at += 1
+        if self.at % 3 == 0:
+            raise ClipError(f"file{self.at}.skeleton", "line 2", "cut off")
+        return clip(f"clip {self.at}")
+
+
+def test_bad_files_are_collected(tmp_path):
+    store = build(Reader(10), tmp_path / "s")
+    assert len(store) == 7 and store.refused["path"].tolist() == ["file3.skeleton", "file6.skeleton", "file9.skeleton"]
+    with pytest.raises(ClipError, match="file3"):
+        build(Reader(10), tmp_path / "t", strict=True)
+
+    def generator():
+        yield clip("a")
+        raise ClipError("b", "line 1", "bad")
+
+    with pytest.raises(ClipError, match="b: line 1: bad"):  # a generator ends there: nothing may be lost in silence
+        build(generator(), tmp_path / "t")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
+    with pytest.raises(StoreError, match="1 could not be read.*line 1: bad"):
+        build([ClipError("b", "line 1", "bad")], tmp_path / "t")
+
+
+def test_damage_is_found(tmp_path):
+    store = build(some(20), tmp_path / "s")
+    for name in store.header["files"]:
+        whole = (tmp_path / "s" / name).read_bytes()
+        (tmp_path / "s" / name).write_bytes(whole[:-1])
+        with pytest.raises(StoreError, match=f"{name}: has"):
+            ClipStore(tmp_path / "s")
+        (tmp_path / "s" / name).write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+        with pytest.raises(StoreError, match=f"{name}: its content has changed"):
+            store.verify()
+        (tmp_path / "s" / name).unlink()
+        with pytest.raises(StoreError, match=f"{name}: is missing"):
+            ClipStore(tmp_path / "s")
+        (tmp_path / "s" / name).write_bytes(whole)
+    header = (tmp_path / "s" / "header.json").read_bytes()
+    rng = np.random.default_rng(0)
+    for i in rng.integers(0, len(header), 200):
+        (tmp_path / "s" / "header.json").write_bytes(header[:i] + bytes([header[i] ^ int(rng.integers(1, 256))]) + header[i + 1 :])
+        try:
+            assert ClipStore(tmp_path / "s").header == store.header  # a blank changed into another
+        except StoreError:
+            pass
+    later = json.loads(header)
+    later["version"] = 99
+    (tmp_path / "s" / "header.json").write_text(json.dumps(later))
+    with pytest.raises(StoreError, match="version 99"):
+        ClipStore(tmp_path / "s")
+
+
+def test_existing_things_are_never_touched(tmp_path):
+    build(some(3), tmp_path / "s")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    for folder in ("s", "mine"):
+        with pytest.raises(StoreError, match="already exists"):
+            build(some(3), tmp_path / folder)
+    with pytest.raises(StoreError, match="no store"):
+        build(some(3), tmp_path / "mine", overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+    assert len(build(some(5), tmp_path / "s", overwrite=True)) == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "s"]
+
+
+SLOW_BUILD = """
+import sys, time
+import numpy as np
+from stf.clips import Clip
+from stf.dataset import ClipStore
+def clips():
+    for i in range(1500):
+        time.sleep(0.0005)
+        yield Clip(np.random.default_rng(i).normal(size=(1, 1 + i % 9, 25, 3)), name=f"clip {i}", label=i % 3)
+print("go", flush=True)
+ClipStore.build(clips(), sys.argv[1], progress=False)
+"""
+
+
+def test_a_killed_build_leaves_no_store_and_the_next_one_is_whole(tmp_path, monkeypatch):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    target = tmp_path / "s"
+    for wait in (0.05, 0.6):
+        process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, str(target)], env=environment, stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if target.exists():  # it was faster: then it is whole
+            ClipStore(target).verify()
+            assert len(ClipStore(target)) == 1500
+            return
+        with pytest.raises(StoreError, match="no store here"):
+            ClipStore(target)
+    for folder in (target, tmp_path / "t"):
+        with monkeypatch.context() as m:
+            m.setattr(sys, "argv", ["", str(folder)])
+            exec(SLOW_BUILD, {})
+    assert files_of(target) == files_of(tmp_path / "t") and sorted(p.name for p in tmp_path.iterdir()) == ["s", "t"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to act as a full disk")
+def test_full_disk_is_said(tmp_path, monkeypatch):
+    import stf.dataset as dataset
+
+    real = open
+    monkeypatch.setattr(dataset, "open", lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode else real(path, mode, *a), raising=False)
+    with pytest.raises(StoreError, match="can't write.*No space left"):
+        build(some(3), tmp_path / "s")
+
+
+def test_clip_keeps_its_rows_only(tmp_path):
+    late = np.zeros((2, 100, 25, 3), np.float32)
+    late[0], late[1, 40:45] = 1, 2
+    tracks, joints, _ = pack_clip(Clip(late, name="late", label=0))
+    assert tracks[:, :2].tolist() == [[0, 100], [40, 5]] and len(joints) == 105
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_batches_are_the_same_on_cuda(tmp_path):
+    store = build(some(30), tmp_path / "s")
+    for preprocess in ("paper", "msg3d"):
+        for stream in STREAMS:
+            here = store.to(None).batch(range(30), stream, preprocess, length=20).x
+            sent = store.batch(range(30), stream, preprocess, length=20, device="cuda").x
+            there = store.to("cuda").batch(range(30), stream, preprocess, length=20).x
+            assert there.device.type == "cuda" and torch.equal(sent, there)
+            torch.testing.assert_close(here, there.cpu(), atol=1e-5, rtol=1e-5)
