@@ -1,0 +1,304 @@
+"""Backbone, STF modules, focus and losses: against the published network, other graphs and sizes, and each other."""
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stf.backbone import MSG3D, load_msg3d
+from stf.focus import grad_cam, margin, min_max, module_focus
+from stf.losses import LossWeights, STFLoss, map_distance, mask_input
+from stf.skeleton import SKELETONS, Skeleton
+from stf.stf_module import STFNet, adjacency_statistics, load_network, save_network
+
+REFERENCE = Path(os.environ.get("STF_REFERENCE", Path(__file__).resolve().parent.parent.parent / "shared" / "reference"))
+SMALL = dict(widths=(12, 24, 48), gcn_scales=4, g3d_scales=3)
+NTU = SKELETONS["ntu25"]
+
+
+def golden_state(net):
+    state = net.state_dict()
+    for j, name in enumerate(sorted(k for k in state if not k.endswith("num_batches_tracked"))):
+        w = np.random.RandomState(j).uniform(-1, 1, math.prod(state[name].shape)).reshape(state[name].shape)
+        if name.endswith("A_res"):
+            w = 0.01 * w
+        elif name.endswith("running_var"):
+            w = 1 + 0.5 * w**2
+        elif name.endswith(("running_mean", "bias")):
+            w = 0.1 * w
+        elif w.ndim == 1:
+            w = 1 + 0.1 * w
+        else:
+            w = w * np.sqrt(6 / (w.size / w.shape[0]))
+        state[name] = torch.tensor(w)
+    return state
+
+
+def clips(n=4, C=4, T=16, V=25, M=2, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, C, T, V, M, generator=g, dtype=dtype)
+    if C == 4:
+        x[:, 3] = 1
+    return x
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = STFNet(6, NTU, in_channels=4, **SMALL)
+    for module in net.stf:
+        torch.nn.init.normal_(module.alpha.mix_time.weight, std=0.05)
+    return net
+
+
+def test_golden_logits():
+    path = REFERENCE / "msg3d_golden.json"
+    if not path.is_file():
+        pytest.skip(f"no golden logits at {path}; set STF_REFERENCE to the folder that has them")
+    golden = torch.tensor(json.loads(path.read_text())["logits"], dtype=torch.float64)
+    net = MSG3D(60, NTU).double().eval()
+    load_msg3d(net, golden_state(net))
+    x = torch.tensor(np.random.RandomState(1032).standard_normal((2, 3, 32, 25, 2)))
+    with torch.no_grad():
+        assert (net(x) - golden).abs().max() < 1e-5
+
+
+def test_parameter_and_tensor_counts():
+    count = lambda classes: sum(p.numel() for p in MSG3D(classes, NTU).parameters())
+    assert count(60) == 3_194_595 and count(120) == 3_217_695
+    assert len(MSG3D(60, NTU).state_dict()) == 810
+
+
+@pytest.mark.parametrize("T", [1, 2, 7, 16, 33])
+@pytest.mark.parametrize("bodies", [1, 2, 3])
+def test_odd_lengths_and_bodies(T, bodies):
+    net = STFNet(5, SKELETONS["openpose18"], 3, bodies, **SMALL).eval()
+    f = net.features(clips(2, 3, T, 18, bodies))
+    halved = math.ceil(math.ceil(T / 2) / 2)
+    assert f.last.shape == (2, bodies, 48, halved, 18)
+    assert net.head(f.last).shape == (2, 5)
+
+
+def test_own_skeleton_of_one_to_a_few_joints():
+    dog = Skeleton("dog", ("nose", "neck", "hip", "tail"), ((0, 1), (2, 1), (3, 2)), centre=1, height=(0, 1, 2))
+    net = STFNet(3, dog, 4, 1, **SMALL)
+    terms = STFLoss(net)(clips(3, 4, 9, 4, 1), torch.tensor([0, 1, 2]))
+    assert torch.isfinite(terms["loss"])
+
+
+def test_wrong_input_is_named():
+    with pytest.raises(ValueError, match=r"C,V,M = \(4, 25, 2\), got \(3, 25, 2\)"):
+        STFNet(6, NTU, in_channels=4, **SMALL)(clips(C=3))
+    with pytest.raises(ValueError, match="divisible by 6"):
+        MSG3D(6, NTU, widths=(10, 20, 40))
+
+
+def test_fresh_stf_is_its_baseline():
+    torch.manual_seed(1)
+    baseline = MSG3D(60, NTU).double()
+    baseline.load_state_dict(golden_state(baseline))
+    stf = load_msg3d(STFNet(60, NTU).double(), baseline.state_dict())
+    x = clips(2, 3, 30, dtype=torch.float64)
+    with torch.no_grad():
+        assert (baseline.eval()(x) - stf.eval()(x)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda s: {k: v for k, v in s.items() if k != "tcn1.branches.2.3.conv.weight"}, r"1 missing \['tcn1.branches.2.3.conv.weight'\]"),
+    (lambda s: {**s, "extra": torch.ones(1)}, r"1 unknown \['extra'\]"),
+    (lambda s: {**s, "fc.weight": torch.ones(7, 48)}, "number of classes"),
+    (lambda s: {"state_dict": s}, "flat dictionary"),
+])  # fmt: skip
+def test_wrong_checkpoints_are_named(wrong, message):
+    net = MSG3D(6, NTU, **SMALL)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        load_msg3d(net, wrong(before))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # and nothing was half loaded
+
+
+def test_state_dict_round_trip_and_copies(net):
+    import copy
+
+    twin = copy.deepcopy(net)
+    with torch.no_grad():
+        twin.tcn2.reduce.weight.add_(1)  # a copy's hooks must speak of the copy
+    assert not torch.equal(net.state_dict()["tcn2.branches.0.0.weight"], twin.state_dict()["tcn2.branches.0.0.weight"])
+    twin.load_state_dict(net.state_dict())
+    assert torch.equal(twin.eval()(clips()), net.eval()(clips()))
+
+
+def test_missing_branch_is_reported_by_its_public_name(net):
+    state = net.state_dict()
+    del state["tcn2.branches.3.1.running_var"]
+    with pytest.raises(RuntimeError, match="tcn2.branches.3.1.running_var"):
+        net.load_state_dict(state)
+
+
+def test_saved_network_rebuilds_itself(tmp_path, net):
+    save_network(tmp_path, net, classes=list("abcdef"))
+    again, header = load_network(tmp_path)
+    assert header["classes"] == list("abcdef") and isinstance(again, STFNet)
+    assert torch.equal(again(clips()), net.eval()(clips()))
+    (tmp_path / "weights.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken!!")
+    with pytest.raises(ValueError, match="weights.safetensors"):
+        load_network(tmp_path)
+
+
+def test_operations_within_the_papers_tenth():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def operations(net, C):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net.eval()(torch.zeros(1, C, 300, 25, 2))
+        return counter.get_total_flops()
+
+    for C in (3, 4):
+        assert operations(STFNet(60, NTU, C), C) <= 1.10 * operations(MSG3D(60, NTU, C), C)
+
+
+# ---- focus ----
+
+@pytest.mark.parametrize("gap", [0.0, 5.0, 12.0])
+def test_focus_is_the_probabilitys_gradient(gap):
+    torch.manual_seed(0)
+    net = MSG3D(7, SKELETONS["openpose18"], **SMALL).double().eval()
+    f = net.features(clips(3, 3, 12, 18, dtype=torch.float64))
+    classes = torch.tensor([2, 0, 5])
+    with torch.no_grad():
+        net.fc.bias[2] += gap - margin(net.head(f.last), torch.tensor([2, 2, 2]))[0]
+    last = f.last.detach().requires_grad_()
+    p = net.head(last).softmax(1)[range(3), classes]
+    grad, = torch.autograd.grad(p.sum(), last)
+    exact = min_max(F.relu((grad.mean((3, 4), keepdim=True) * last).sum(2)), f.present)
+    assert (grad_cam(f, net.head, classes) - exact).abs().max() < 1e-8
+
+
+def test_focus_when_the_probability_rounds_to_one(net):
+    net = net.eval()
+    f = net.features(clips())
+    near = grad_cam(f, net.head, torch.zeros(4, dtype=torch.long))
+    with torch.no_grad():
+        net.fc.bias[0] += 50
+    assert (net.head(f.last).softmax(1)[:, 0] == 1).all()
+    far = grad_cam(f, net.head, torch.zeros(4, dtype=torch.long))
+    assert far.isfinite().all() and (far - near).abs().max() < 1e-3
+    inside = module_focus(net, f, torch.zeros(4, dtype=torch.long))
+    assert all(q.isfinite().all() and q.amax((1, 2, 3)).min() == 1 for q in inside.values())
+
+
+def test_absent_body_changes_no_focus(net):
+    f = net.eval().features(clips())
+    present = torch.tensor([[True, False]] * 4)
+    other = f.last.clone()
+    other[:, 1] = other[:, 1].roll(1, 2).flip(3)  # the same mean, so the same scores
+    a, b = (grad_cam(h, net.head, torch.arange(4), present=present) for h in (f.last, other))
+    assert torch.allclose(a, b, atol=1e-5) and (a[:, 1] == 0).all()
+
+
+def test_modules_focus_is_the_clips_own(net):
+    net = net.double().train()
+    f = net.features(clips(5, dtype=torch.float64))
+    whole = module_focus(net, f, torch.arange(5))
+    part = f._replace(modules={k: h[1:3] for k, h in f.modules.items()}, present=f.present[1:3])
+    for name, q in module_focus(net, part, torch.arange(1, 3)).items():
+        assert (q - whole[name][1:3]).abs().max() < 1e-12
+
+
+def test_module_focus_leaves_no_gradient_behind(net):
+    module_focus(net, net.features(clips()), torch.arange(4))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_inference_has_focus_too(net):
+    with torch.no_grad():
+        f = net.eval().features(clips())
+        foci = module_focus(net, f, torch.arange(4), names=("block2",))
+    assert foci["block2"].shape == (4, 2, 8, 25) and not foci["block2"].requires_grad
+
+
+# ---- losses ----
+
+def test_each_option_runs_and_differs(net):
+    net, x, y = net.double().eval(), clips(dtype=torch.float64), torch.arange(4)
+    value = lambda **kw: STFLoss(net, LossWeights(0, 1, 1, 0), **kw)(x, y)
+    base, logit, blocks, rms = value(), value(score="logit"), value(coherence="blocks"), value(norm="rms")
+    assert base["d"] != logit["d"] and base["c"] != blocks["c"]
+    frames = 4 * 25
+    assert torch.isclose(base["d"] / rms["d"], torch.tensor((1875 / frames * 2 * frames) ** 0.5, dtype=torch.float64))
+    for wrong in (dict(score="x"), dict(coherence="x"), dict(norm="x")):
+        with pytest.raises(ValueError, match="must be"):
+            value(**wrong)
+
+
+def test_guide_detaches_the_higher_module(net):
+    x, y = clips(), torch.arange(4)
+    grads = []
+    for guide in (False, True):
+        net.zero_grad()
+        STFLoss(net.eval(), LossWeights(0, 0, 1, 0), guide=guide)(x, y)["c"].backward()
+        grads.append(net.tcn3.reduce.weight.grad.clone())
+    assert not torch.allclose(*grads)
+
+
+def test_constant_focus_has_finite_gradient():
+    a = torch.zeros(2, 1, 3, 4, requires_grad=True)
+    map_distance(a, torch.zeros(2, 1, 3, 4)).sum().backward()
+    assert torch.isfinite(a.grad).all()
+
+
+def test_clip_without_anybody(net):
+    x = clips()
+    x[1] = 0
+    terms = STFLoss(net)(x, torch.arange(4))
+    terms["loss"].backward()
+    assert torch.isfinite(terms["loss"]) and all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+def test_constant_mask_reaches_the_logits():
+    """Batch statistics would undo a mask that is constant in time; running statistics must not."""
+    torch.manual_seed(0)
+    net = MSG3D(5, NTU, num_bodies=1, **SMALL).double()
+    x = clips(8, 3, 16, M=1, dtype=torch.float64)
+    q = torch.rand(25, dtype=torch.float64).expand(8, 1, 4, 25)
+    moved = net.head(net.features(mask_input(x, q), running=True).last) - net.head(net.features(x, running=True).last)
+    assert moved.abs().max() > 1e-3
+
+
+def test_running_pass_moves_no_statistics(net):
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
+    net.train().features(clips(), running=True)
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+
+
+def test_hidden_joint_keeps_a_trained_network_bounded():
+    torch.manual_seed(0)
+    net = MSG3D(4, NTU, in_channels=4, **SMALL)
+    x, y = clips(16), torch.arange(16) % 4
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(15):
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+    hidden = x.clone()
+    hidden[:, :, :, 7] = 0
+    with torch.no_grad():
+        seen, unseen = (net.eval().features(c).last.abs().max() for c in (x, hidden))
+    assert unseen < 5 * seen
+
+
+def test_adjacency_statistics_see_a_static_graph(net):
+    present = torch.ones(3, 2, dtype=torch.bool)
+    static = [torch.ones(3, 2, 3, 25, 25)] * 6
+    assert all(r["spread"] < 1e-6 and r["ratio"] > 0 for r in adjacency_statistics(net, static, present))
+
+
+def test_bf16_autocast_gives_finite_float32_focus(net):
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = STFLoss(net)(clips(), torch.arange(4))
+    terms["loss"].backward()
+    assert terms["loss"].dtype == torch.float32
+    assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
