@@ -557,7 +557,7 @@ def _rank_in_frame(frame, total):
     rank[order] = np.arange(len(frame)) - np.searchsorted(ordered, ordered)
     return rank
 
-# %% ../nbs/02_clips.ipynb #f860bd32
+# %% ../nbs/02_clips.ipynb #cd2311aa
 def _parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, listed=None):
     "A Clip of the bytes of a Kinetics-Skeleton JSON file; `listed` is its entry in the label list, if there is one."
     content, skeleton = _load_json(data, path), skeleton or SKELETONS["openpose18"]
@@ -572,7 +572,8 @@ def _parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, list
     joints[rank[kept], frame[kept]], visible[rank[kept], frame[kept]] = pose[kept], score[kept]
     label, words = content.get("label_index"), content.get("label")
     if label in ("", -1):  # what pose programs write for a film of one's own
-        label = words = None
+        label = None
+    words = None if words == "" else words
     _expect(label is None or (type(label) is int and 0 <= label < 1_000_000), path, "label_index", f"must be a whole number from 0, not {_show(label)}")
     _expect(words is None or isinstance(words, str), path, "label", "must be text")
     if listed:

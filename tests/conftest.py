@@ -1,0 +1,21 @@
+"""Shared by all tests: markers, and where real recordings are found."""
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; still run by .ci/run (leave out with -m 'not slow')")
+    config.addinivalue_line("markers", "cuda: needs a CUDA device")
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real recordings; tests that use it are skipped where it is absent."""
+    folder = Path(os.environ.get("STF_REAL_DATA", ROOT.parent / "shared" / "real-data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real recordings at {folder}; set STF_REAL_DATA to the folder that has them")
+    return folder
