@@ -589,13 +589,13 @@ def _point(s):
     s.move(0.6, hand=REST, look=0.0, twist=0.0)
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #e14655f4
+# %% ../nbs/03_synthetic.ipynb #e9694ffd
 def _touch(s, landmark):
     if landmark == "head":
-        spot = Reach("head", (0.135, -0.03, 0.04), pole=(1.0, -0.45, 0.35), palm=(-0.55, 0.8, -0.05))
+        spot = Reach("head", (0.13, 0.0, 0.05), pole=(1.0, -0.45, 0.3), palm=(-0.6, 0.8, 0.0))
         bow, tilt = 0.28, 0.05
     else:
-        spot = Reach("neck", (0.125, 0.06, 0.0), pole=(1.0, -0.35, 0.45), palm=(-0.75, 0.3, -0.65))
+        spot = Reach("neck", (0.12, 0.05, -0.02), pole=(0.9, -0.35, 0.6), palm=(-0.7, 0.15, -0.7))
         bow, tilt = 0.12, 0.12
     both = s.rng.random() < 0.35
     second = dict(other=spot) if both else {}
@@ -608,15 +608,16 @@ def _touch(s, landmark):
     s.move(0.65, hand=REST, nod=0.0, roll=0.0, **({"other": REST} if both else {}))
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #5ec9c57d
+# %% ../nbs/03_synthetic.ipynb #2a7861f9
 def _shoe(s, reverse):
     "Put on: shoe in hand, foot up, pull from toe to heel, foot down. Take off: the same path backwards."
-    hold = Reach("chest", (-0.22, -0.42, 0.45), palm=(-0.3, -0.2, 0.9))
+    in_hand = s.style * s.rng.random() < 0.5  # otherwise the shoe stands on the floor
+    hold = Reach("chest", (-0.22, -0.42, 0.45), palm=(-0.3, -0.2, 0.9)) if in_hand else REST
     toe = Reach("active foot", (0.0, 0.06, 0.03), pole=(0.9, 0.0, -0.3), palm=(-0.2, -0.8, -0.3))
     heel = Reach("active foot", (0.0, 0.08, -0.16), pole=(0.9, 0.0, -0.3), palm=(-0.2, -0.8, -0.3))
     foot = (-0.05, 0.30 + s.vary(0.04), 0.16 + s.vary(0.03))
     low, deep = dict(bend=0.95, nod=0.2, foot=foot, weight=0.0, rise=-0.06, toe=0.35), dict(bend=1.0)
-    held = dict(hand=hold, other=hold, nod=0.3)
+    held = dict(hand=hold, other=hold, nod=0.3 if in_hand else 0.0)
     rest = dict(hand=REST, other=REST, bend=0.0, nod=0.0, rise=0.0, weight=0.5, foot=(0.0, 0.0, 0.0), toe=0.0)
     with_ = lambda a, b: {k: v for k, v in zip(("hand", "other"), (a, b))}
     toe2, heel2 = replace(toe, offset=(0.09, 0.05, 0.0)), replace(heel, offset=(0.09, 0.06, -0.16))
