@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['UCLA_CLASSES', 'MAX_FRAMES', 'MAX_BODIES', 'MAX_CELLS', 'MAX_METRES', 'MAX_IMAGE', 'MAX_PEOPLE', 'Clip',
            'parse_ntu_name', 'class_names', 'ntu_missing_skeletons', 'read_ntu', 'read_ucla', 'read_kinetics',
-           'read_plain', 'save_clip', 'Clips', 'open_clips', 'ClipError']
+           'read_plain', 'save_clip', 'FileClips', 'ArrayClips', 'Clips', 'open_clips', 'ClipError']
 
-# %% ../nbs/02_clips.ipynb #c1b67e24
+# %% ../nbs/02_clips.ipynb #36ef6eea
 import gzip
 import io
 import json
@@ -16,15 +16,17 @@ import re
 import zlib
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
+from pathlib import Path
 
 import numpy as np
 
-from .files import ClipError, Folder, open_files, read_npz
+from .arrays import ARRAY_FORMS, open_arrays
+from .files import ClipError, Folder, open_files, read_file, read_npz
 from .skeleton import SKELETONS, Skeleton
 
 _all_ = ["ClipError"]  # is part of this module, too
 
-# %% ../nbs/02_clips.ipynb #2e10c739
+# %% ../nbs/02_clips.ipynb #7aee32ba
 def _skeleton_for(num_joints):
     "The known layout with this number of joints, or None."
     return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
@@ -37,6 +39,8 @@ def _as_float32(array, name, what):
         array = np.array(None)
     if array.dtype.kind not in "fiub":
         raise ClipError(name, what, "must be numbers in a rectangular array")
+    if array.dtype == np.float32:
+        return np.ascontiguousarray(array)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused as such
         return np.ascontiguousarray(array, dtype=np.float32)
 
@@ -69,15 +73,15 @@ class Clip:
         self._check_label()
 
     def _check_visible(self):
-        there = self.joints.any(axis=(2, 3))
         if self.visible is None:
+            there = self.joints.any(axis=(2, 3))
             self.visible = np.repeat(there[:, :, None], self.joints.shape[2], axis=2)
         self.visible = _as_float32(self.visible, self.name, "visible")
         if self.visible.shape != self.joints.shape[:3]:
             raise ClipError(self.name, "visible", f"must be {self.joints.shape[:3]} like the joints, got {self.visible.shape}")
-        if not ((self.visible >= 0) & (self.visible <= 1)).all():
+        if not (self.visible.min() >= 0 and self.visible.max() <= 1):
             raise ClipError(self.name, "visible", "must lie in 0..1")
-        if not there.any() and not self.visible.any():
+        if not self.visible.any() and not self.joints.any():
             raise ClipError(self.name, "", "no body in any frame")
 
     def _check_label(self):
@@ -101,7 +105,7 @@ class Clip:
         words = f" {self.class_name!r}" if self.class_name else ""
         return f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, label {self.label}{words})"
 
-# %% ../nbs/02_clips.ipynb #0e4cf246
+# %% ../nbs/02_clips.ipynb #eca1a54a
 _NTU_NAME = re.compile(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})")
 
 
@@ -109,7 +113,7 @@ def parse_ntu_name(
     name,  # a name or path such as "folder/S001C002P003R002A013.skeleton"
 ) -> dict:  # setup, camera, subject, replication, action: ints as written, counted from 1
     "The five numbers in an NTU RGB+D name. ValueError if the name has another form."
-    stem = re.split(r"[/\\]", str(name))[-1].split(".")[0]
+    stem = str(name).replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
     found = _NTU_NAME.fullmatch(stem)
     if not found or found.group(5) == "000":
         raise ValueError(f"not an NTU name such as S001C002P003R002A013: {stem!r}")
@@ -187,7 +191,7 @@ def _show(text):
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     return ascii(text if len(text) <= 24 else text[:24] + "…")
 
-# %% ../nbs/02_clips.ipynb #914442a0
+# %% ../nbs/02_clips.ipynb #498fb4fc
 def _joint_row(lines):
     row = lines.row(12, "a joint's row")
     for i, text in enumerate(row):
@@ -202,7 +206,7 @@ def _joint_row(lines):
 
 
 def _ntu_rows_careful(data, path):
-    "(bodies in each frame, ID of each body, rows (B,25,4) of x, y, z, state) line by line; ClipError with line and reason."
+    "(bodies in each frame, ID of each body, xyz (B,25,3), state (B,25)) line by line; ClipError with line and reason."
     lines = _Lines(data, path)
     if not data.strip():
         raise ClipError(path, "line 1", "the file is empty")
@@ -220,7 +224,8 @@ def _ntu_rows_careful(data, path):
     if lines.number < len(lines.lines):
         lines.number += 1
         lines.fail(f"all {len(per_frame)} frames have been read, but more lines follow")
-    return np.array(per_frame, np.int64), ids, np.array(rows, np.float64).reshape(-1, 25, 4)
+    rows = np.array(rows, np.float32).reshape(-1, 25, 4)
+    return np.array(per_frame, np.int64), ids, rows[..., :3], rows[..., 3].astype(np.uint8)
 
 # %% ../nbs/02_clips.ipynb #a97c1b78
 _U = np.uint64
@@ -248,7 +253,7 @@ def _eight_digits(words):
         words &= _U(mask)
     return words, count, endless
 
-# %% ../nbs/02_clips.ipynb #1ef9edbd
+# %% ../nbs/02_clips.ipynb #b47e9ad8
 _TEN = 10.0 ** np.arange(23)
 _TEN_WHOLE = 10 ** np.arange(9, dtype=np.uint64)
 _SIGNED = np.array([1e8, -1e8])
@@ -265,19 +270,21 @@ def _column(data, buf, words, start):
     easy &= buf[at] == 46
     at += 1
     digits, count, endless = _eight_digits(words[at] ^ _ZEROS)
+    count[endless] = 8
+    at += count
+    ended = buf[at] == 32
     value, scale = digits.astype(np.float64), _SIGNED[minus.view(np.uint8)]
     value += np.multiply(whole, 1e8)
-    longer = np.flatnonzero(endless)
-    if len(longer):  # more than seven digits after the point
-        digits, more, endless = _eight_digits(words[at[longer] + 8] ^ _ZEROS)
-        easy[longer] &= ~endless & (more <= 6)
-        more &= 7
+    longer = np.flatnonzero(endless & ~ended)
+    if len(longer):  # more than eight digits after the point
+        digits, more, endless = _eight_digits(words[at[longer]] ^ _ZEROS)
+        more[endless | (more > 6)] = 0
         value[longer] = value[longer] * _TEN[more] + digits // _TEN_WHOLE[8 - more]
         scale[longer] *= _TEN[more]
-        count[longer] = 8 + more
+        at[longer] += more
+        ended[longer] = buf[at[longer]] == 32
     value /= scale
-    at += count
-    easy &= buf[at] == 32
+    easy &= ended
     hard = np.flatnonzero(~easy)
     for i, begin in zip(hard.tolist(), start[hard].tolist()):
         if (number := _NUMBER.match(data, begin)) is None or number.end() > begin + 17:
@@ -337,30 +344,31 @@ def _is_25(buf, at):
     "Whether the two characters at all these places are 2 and 5."
     return (buf[at] == 50).all() and (buf[at + 1] == 53).all()
 
-# %% ../nbs/02_clips.ipynb #afe921a3
+# %% ../nbs/02_clips.ipynb #eb5d317c
 def _ntu_values(data, buf, start, end, bodies, head):
     "IDs and numbers of a file whose lines have been found: the second half of `_ntu_rows_fast`."
     rows = (head[:, None] + np.arange(2, 27)).ravel()
-    state = buf[end[rows] - 1] - np.uint8(48)
-    if (buf[end[rows] - 2] != 32).any() or state.max() > 2:
+    last = end[rows] - 1
+    state = buf[last] - np.uint8(48)
+    last -= 1
+    if (buf[last] != 32).any() or state.max() > 2:
         return None
     at = start[rows]
     if at[-1] + 72 > len(data):  # a word must not reach beyond the end
         data += b" " * 72
         buf = np.frombuffer(data, np.uint8)
     words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))
-    values = np.empty((len(rows), 4))
-    values[:, 3] = state
+    xyz = np.empty((len(rows), 3), np.float32)
     for c in range(3):
         if (column := _column(data, buf, words, at)) is None:
             return None
-        values[:, c], at = column
-    if np.abs(values[:, :3]).max() > MAX_METRES:
+        xyz[:, c], at = column
+    if xyz.max() > MAX_METRES or xyz.min() < -MAX_METRES:
         return None
-    ids = [data[a : a + 24].split(None, 1)[0] for a in start[head].tolist()]
+    ids = [data[a : data.index(32, a)] for a in start[head].tolist()]
     if not all(i.isdigit() and len(i) <= 20 for i in set(ids)):
         return None
-    return bodies, ids, values.reshape(-1, 25, 4)
+    return bodies, ids, xyz.reshape(-1, 25, 3), state.reshape(-1, 25)
 
 # %% ../nbs/02_clips.ipynb #bc322a6b
 def _follow_bodies(per_frame, ids, path):
@@ -378,7 +386,7 @@ def _follow_bodies(per_frame, ids, path):
         raise ClipError(path, f"frame {t + 1}", f"body {_show(body)} is there twice")
     return place, frame, list(order)
 
-# %% ../nbs/02_clips.ipynb #b6d06463
+# %% ../nbs/02_clips.ipynb #b0f27720
 def _source(source, name, limit):
     "(bytes, path for messages, name of the clip) of a path, a binary file object, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -391,25 +399,23 @@ def _source(source, name, limit):
         if len(data) > limit:
             raise ClipError(path, "", f"more than {limit:,} bytes is no recording of this kind")
         return data, str(path), _stem(name or str(path))
-    if not os.path.isfile(source):
-        raise ClipError(source, "", "no such file" if not os.path.exists(source) else "not a file")
-    return Folder(source).read(0, limit), str(source), _stem(name or source)
+    return read_file(source, limit), str(source), _stem(name or source)
 
 
 def _stem(path):
     "The file's name without folders and its last ending."
-    return os.path.splitext(re.split(r"[/\\]", str(path))[-1])[0] or "clip"
+    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
 
 
 def _parse_ntu(data, path, name, skeleton=None):
     "A Clip of the bytes of a .skeleton file."
-    per_frame, ids, rows = _ntu_rows_fast(data) or _ntu_rows_careful(data, path)
+    per_frame, ids, xyz, state = _ntu_rows_fast(data) or _ntu_rows_careful(data, path)
     if not len(ids):
         raise ClipError(path, "", "no body in any frame")
     place, frame, order = _follow_bodies(per_frame, ids, path)
     joints = np.zeros((len(order), len(per_frame), 25, 3), np.float32)
     visible = np.zeros(joints.shape[:3], np.float32)
-    joints[place, frame], visible[place, frame] = rows[..., :3], rows[..., 3] > 0
+    joints[place, frame], visible[place, frame] = xyz, state > 0
     try:
         tags = parse_ntu_name(name)
     except ValueError:  # a recording of one's own in this format
@@ -652,42 +658,103 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #c61d81fb
-class Clips:
-    """The clips of a folder, archive or file, read one by one, in the order of `names`.
+# %% ../nbs/02_clips.ipynb #1dc21723
+class FileClips:
+    "Clips that lie in one file each, in a folder or an archive."
 
-    len(clips); clips[i] -> Clip, or ClipError; iteration gives all clips: with errors="raise" it stops at the first bad one, with
-    errors="collect" bad ones are left out and kept in the list `errors`. For workers, `read(i)` gets the raw bytes (fast, ordered) and
-    `parse(i, raw)` makes the Clip (slow, anywhere).
-    """
+    lost, bodies = 0, None
 
-    def __init__(self, files, members, kind, parser, errors="raise", **options):
-        self.files, self.members, self.kind, self.parser, self.options = files, members, kind, parser, options
+    def __init__(self, files, members, kind, options):
+        _, self.title, self.parser = _KINDS[kind]
+        self.files, self.members, self.options, self.path = files, members, options, files.path
         self.names = [_stem(files.names[i]) for i in members]
-        self.mode, self.errors = errors, []
+        skeleton = options.get("skeleton") or SKELETONS.get({"ntu": "ntu25", "ucla": "kinect20", "kinetics": "openpose18"}.get(kind))
+        self.joints = [skeleton.num_joints] if skeleton else []
+        numbers = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in self.names]
+        listed = options.get("listed")
+        self.classes = len({n.group(1) or n.group(2) for n in numbers if n} | {x[0] for x in listed.values() if x} if listed else
+                           {n.group(1) or n.group(2) for n in numbers if n})  # fmt: skip
 
-    def __len__(self):
-        return len(self.members)
-
-    def where(self, i: int) -> str:
-        "What an error message calls clip i."
+    def where(self, i):
         return self.files.where(self.members[i])
 
-    def read(self, i: int) -> bytes:
-        "The raw bytes of clip i."
+    def read(self, i):
         return self.files.read(self.members[i])
 
-    def parse(self, i: int, raw: bytes) -> Clip:
-        "Make clip i of its raw bytes; ClipError if they are bad."
-        clip = self.parser(raw, self.where(i), self.names[i], **self._options(i))
-        clip.split = clip.split or _split_of(self.files.names[self.members[i]])
-        return clip
-
-    def _options(self, i):
+    def parse(self, i, raw):
         options = dict(self.options)
         if (listed := options.pop("listed", None)) is not None:
             options["listed"] = listed.get(self.names[i])
-        return options
+        clip = self.parser(raw, self.where(i), self.names[i], **options)
+        clip.split = clip.split or _split_of(self.files.names[self.members[i]])
+        return clip
+
+
+class ArrayClips:
+    "Clips of one of the large files of notebook 01c."
+
+    def __init__(self, arrays, skeleton=None):
+        self.arrays, self.skeleton = arrays, skeleton
+        for key in ("title", "names", "path", "lost", "bodies", "joints", "classes"):
+            setattr(self, key, getattr(arrays, key))
+
+    def where(self, i):
+        return self.arrays.where(i)
+
+    def read(self, i):
+        return self.arrays.record(i)
+
+    def parse(self, i, raw):
+        raw, path = dict(raw), self.where(i)
+        try:
+            tags = parse_ntu_name(raw["name"])
+        except ValueError:
+            tags = {}
+        label, V = raw.get("label"), raw["joints"].shape[2]
+        if tags and label is not None and V == 25:
+            _expect(label == tags["action"] - 1, path, "label", f"is {label}, but the name says {tags['action'] - 1} (action {tags['action']})")
+        limit = MAX_METRES if raw["joints"].shape[3] == 3 else MAX_IMAGE
+        raw["joints"] = _as_float32(raw["joints"], path, "joints")
+        _expect((np.abs(raw["joints"]) <= limit).all(), path, "joints", f"hold a number that is not finite or beyond ±{limit:g}")
+        if raw.get("visible") is not None:
+            raw["visible"] = _scores(np.asarray(raw["visible"], np.float32), path, "scores")
+        words = _NTU_CLASSES[label] if tags and label is not None and label < len(_NTU_CLASSES) else None
+        raw["tags"] = {**tags, **raw.get("tags", {})}
+        try:
+            return Clip(**raw, class_name=words, skeleton=self.skeleton)
+        except ClipError as e:
+            raise ClipError(path, e.place, e.reason) from None
+
+# %% ../nbs/02_clips.ipynb #2b0b5a80
+class Clips:
+    """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
+
+    len(clips); clips[i] -> Clip, or ClipError; iteration gives all clips: with errors="raise" it stops at the first bad one, with
+    errors="collect" bad ones are left out and kept in the list `errors`. For workers, `read(i)` gets the raw content (in order,
+    quick) and `parse(i, raw)` makes the Clip of it (anywhere).
+    """
+
+    def __init__(self, source, errors="raise"):
+        self.source, self.names, self.mode, self.errors = source, source.names, errors, []
+        self._bodies = source.bodies
+
+    def __len__(self):
+        return len(self.names)
+
+    def where(self, i: int) -> str:
+        "What an error message calls clip i."
+        return self.source.where(i)
+
+    def read(self, i: int):
+        "The raw content of clip i: bytes, or a dictionary with arrays."
+        return self.source.read(i)
+
+    def parse(self, i: int, raw) -> Clip:
+        "Make clip i of its raw content; ClipError if it is bad."
+        clip = self.source.parse(i, raw)
+        if self.source.bodies is None:
+            self._bodies = max(self._bodies or 0, len(clip.joints))
+        return clip
 
     def __getitem__(self, i: int) -> Clip:
         if not -len(self) <= i < len(self):
@@ -708,13 +775,17 @@ class Clips:
 
     @property
     def summary(self) -> str:
-        "What the input was taken for, in one line."
-        return f"{len(self)} {self.kind} in {self.files.path.name or self.files.path}"
+        "What the input was taken for, in one line: form, clips, and, as far as known by now, joints, bodies, classes."
+        source = self.source
+        parts = [f"{len(self):,} clips", f"{' or '.join(map(str, source.joints))} joints" if source.joints else "",
+                 f"up to {self._bodies} bodies" if self._bodies else "", f"{source.classes} classes" if source.classes else "",
+                 f"{source.lost} lost before" if source.lost else ""]  # fmt: skip
+        return f"{source.path.name or source.path}: {source.title}: {', '.join(p for p in parts if p)}"
 
     def __repr__(self):
         return f"Clips({self.summary})"
 
-# %% ../nbs/02_clips.ipynb #9667baaf
+# %% ../nbs/02_clips.ipynb #f44b9a6c
 def _split_of(name):
     "The split that a folder's name tells: {'kinetics': 'train'} for kinetics_train/x.json, 'test' for val."
     found = re.search(r"(?:^|/)kinetics[_-](train|val)/", name)
@@ -750,21 +821,22 @@ def _label_lists(files, labels):
         found.append((labels, _source(labels, None, 1 << 26)[0]))
     elif isinstance(files, Folder) and files.path.is_dir():
         beside = [files.path.parent / f"{files.path.resolve().name}_label.json{end}" for end in ("", ".gz")]
-        found += [(path, Folder(path).read(0)) for path in beside if path.is_file()]
+        found += [(path, read_file(path)) for path in beside if path.is_file()]
     for path, data in found:
         listed.update(_read_label_list(data, path))
     if isinstance(labels, dict):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #0c51d392
+# %% ../nbs/02_clips.ipynb #a0334ec0
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
     "kinetics": (".json", "Kinetics-Skeleton JSON files", _parse_kinetics),
-    "plain": (".npz", "recordings in the plain form (.npz)", _parse_plain),
+    "plain": (".npz", "plain .npz recordings", _parse_plain),
 }
-_KNOWN = "\n".join(f"  {kind}: {what}, in a folder, a .zip, a .tar.* or alone" for kind, (_, what, _) in _KINDS.items())
+_KNOWN = "\n".join(["one file a clip, in a folder, a .zip, a .tar.* or alone:", *(f"  {what}" for _, what, _ in _KINDS.values()),
+                    "one file for all:", *(f"  {form}" for form in ARRAY_FORMS)])  # fmt: skip
 
 
 def _json_kind(files, members):
@@ -790,18 +862,18 @@ def _find_kind(files, kind):
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
         have = ", ".join(f"{endings.count(e)} {e or 'others'}" for e in sorted(set(endings))[:8]) or "nothing"
-        raise ClipError(files.path, "", f"no recordings found here, but {have}. Known are:\n{_KNOWN}")
+        raise ClipError(files.path, "", f"no recordings found here, but {have}. Known are\n{_KNOWN}")
     _expect(len(there) == 1, files.path, "", f"holds {' and '.join(there)} files; say which with kind=…")
     members = [i for i, e in enumerate(endings) if e == there[0]]
     return {".skeleton": "ntu", ".npz": "plain"}.get(there[0]) or _json_kind(files, members), members
 
-# %% ../nbs/02_clips.ipynb #8b441daa
+# %% ../nbs/02_clips.ipynb #aceeac9c
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
-    kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain"; None: found out
+    kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for what is one file a clip; None: found out
     skeleton: Skeleton | None = None,  # your own body layout, where the files don't say it
     errors: str = "raise",  # "raise" stops at the first bad file, "collect" leaves bad ones out and lists them
-    labels=None,  # Kinetics: path of a label list, or {name: (label, words)}; None: looked for in and beside the folder
+    labels=None,  # path of a label list (Kinetics) or label pickle (.npy); None: looked for in and beside the input
 ) -> Clips:
     """Find out what is at a path and read it clip by clip, in the order of names; `.summary` says what it was taken for.
 
@@ -810,11 +882,16 @@ def open_clips(
     """
     if errors not in ("raise", "collect"):
         raise ValueError(f'errors must be "raise" or "collect", got {errors!r}')
+    if kind is None and (Path(path).is_dir() or Path(path).is_file()):
+        arrays = open_arrays(path, labels, skeleton.num_joints if skeleton else 25)
+        if arrays is not None:
+            return Clips(ArrayClips(arrays, skeleton), errors)
     files = open_files(path)
     kind, members = _find_kind(files, kind)
     _expect(members, files.path, "", f"no {_KINDS[kind][0]} file here")
     options = {"skeleton": skeleton}
     if kind == "kinetics" and (listed := _label_lists(files, labels)) is not None:
         members = [i for i in members if listed.get(_stem(files.names[i]), ()) is not None]
+        _expect(members, files.path, "", "the label list says that none of these files has a skeleton")
         options["listed"] = listed
-    return Clips(files, members, *_KINDS[kind][1:], errors, **options)
+    return Clips(FileClips(files, members, kind, options), errors)

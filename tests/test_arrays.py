@@ -1,0 +1,414 @@
+"""Array files of the field, written here in exactly their layout: routes that must agree, hostile and damaged input."""
+import os
+import pickle
+import subprocess
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stf.arrays import ArrayRows, CtrGcnFile, open_arrays, what_is_it
+from stf.clips import ClipError, open_clips
+from stf.files import load_pickle
+from stf.skeleton import SKELETONS
+
+FUZZ = dict(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+RNG = np.random.default_rng(0)
+NAMES = ["S001C001P001R001A010", "S001C002P003R001A058", "S001C003P008R001A060"]
+LABELS = [9, 57, 59]
+RAW = [RNG.normal(0, 1, (m, t, 25, 3)).astype(np.float32) for m, t in ((1, 8), (2, 11), (2, 1))]
+
+
+def write_pyskl(path, keypoints=RAW, protocol=4, **more):
+    rows = [{"frame_dir": n, "label": label, "keypoint": k, "total_frames": k.shape[1], **more} for n, label, k in zip(NAMES, LABELS, keypoints)]
+    content = {"split": {"xsub_train": NAMES[:1], "xsub_val": NAMES[1:], "xview_train": NAMES[1:], "xview_val": NAMES[:1]},
+               "annotations": [rows[0], None, *rows[1:]]}
+    path.write_bytes(pickle.dumps(content, protocol))
+    return path
+
+
+def write_ctrgcn(path, compressed=False, onehot=True):
+    x = np.zeros((3, 12, 2, 25, 3), np.float32)
+    for i, k in enumerate(RAW):
+        x[i, : k.shape[1], : len(k)] = k.transpose(1, 0, 2, 3)
+    y = np.eye(60)[LABELS] if onehot else np.array(LABELS)
+    x = x.reshape(3, 12, 150)
+    (np.savez_compressed if compressed else np.savez)(path, x_train=x[:1], y_train=y[:1], x_test=x[1:], y_test=y[1:])
+    return path
+
+
+def npy_array(centred=False):
+    x = np.zeros((3, 3, 300, 25, 2), np.float32)
+    for i, k in enumerate(RAW):
+        x[i, :, : k.shape[1], :, : len(k)] = k.transpose(3, 1, 2, 0)
+    return x - x[:, :, :, [1], :] if centred else x
+
+
+def write_npy(folder, x, stem="val_data_joint", names=NAMES, protocol=2):
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / f"{stem}.npy", x)
+    part = stem.split("_")[0]
+    (folder / f"{part}_label.pkl").write_bytes(pickle.dumps((names, LABELS), protocol))
+    return folder / f"{stem}.npy"
+
+
+# ---------------------------------------------------------------- each form
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_pyskl(tmp_path, protocol):
+    clips = open_clips(write_pyskl(tmp_path / "ntu60_3danno.pkl", protocol=protocol))
+    assert clips.names == NAMES and "3 clips, 25 joints, up to 2 bodies, 3 classes, 1 lost" in clips.summary
+    for clip, joints, label in zip(clips, RAW, LABELS):
+        np.testing.assert_array_equal(clip.joints, joints)
+        assert clip.label == label and clip.tags["action"] == label + 1 and clip.visible.min() == 1
+    assert clips[0].split == {"xsub": "train", "xview": "test"} and clips[1].class_name == "handshaking"
+    again = pickle.loads(pickle.dumps(clips))
+    np.testing.assert_array_equal(again[1].joints, RAW[1])
+
+
+def test_pyskl_2d(tmp_path):
+    """Pixels and scores; a score a little over 1 is what networks say, 7 is a fault."""
+    pixels = [RNG.uniform(0, 1900, (*k.shape[:2], 17, 2)).astype(np.float16) for k in RAW]
+    rows = [{"frame_dir": f"v_{i}", "label": i, "img_shape": (1080, 1920), "original_shape": (1080, 1920), "total_frames": k.shape[1],
+             "keypoint": k, "keypoint_score": np.full(k.shape[:3], s, np.float16)} for i, (k, s) in enumerate(zip(pixels, (0.5, 1.02, 7)))]
+    path = tmp_path / "k400_hrnet.pkl"
+    path.write_bytes(pickle.dumps({"split": {"train": ["v_0"], "val": ["v_1"]}, "annotations": rows}))
+    clips = open_clips(path, errors="collect")
+    good = list(clips)
+    assert [c.name for c in good] == ["v_0", "v_1"] and "score of 7" in clips.errors[0].reason
+    assert good[0].skeleton is SKELETONS["coco17"] and good[0].tags["image"] == [1080, 1920] and good[1].visible.max() == 1
+    assert good[1].split == {"official": "test"}
+    np.testing.assert_array_equal(good[1].joints, pixels[1].astype(np.float32))
+
+
+def test_pyskl_list_only(tmp_path):
+    path = tmp_path / "old.pickle"
+    path.write_bytes(pickle.dumps([{"frame_dir": NAMES[0], "label": 9, "keypoint": RAW[0], "total_frames": 8}]))
+    assert open_clips(path)[0].split == {}
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("name, protocol", [("NTU60_CS", "xsub"), ("NTU60_CV", "xview"), ("NTU120_CSub", "xsub"), ("NTU120_CSet", "xset"), ("own", "official")])
+def test_ctrgcn(tmp_path, compressed, name, protocol):
+    clips = open_clips(write_ctrgcn(tmp_path / f"{name}.npz", compressed))
+    assert "3 clips, 25 joints, up to 2 bodies, 3 classes" in clips.summary
+    for i in (0, 1, 2, 1, 0):  # back and forth
+        np.testing.assert_array_equal(clips[i].joints, RAW[i])
+        assert clips[i].label == LABELS[i] and clips[i].split == {protocol: "test" if i else "train"}
+    assert len(set(clips.names)) == 3 and "setup" not in clips[0].tags
+
+
+def test_ctrgcn_numbers_as_labels(tmp_path):
+    assert [c.label for c in open_clips(write_ctrgcn(tmp_path / "a.npz", onehot=False))] == LABELS
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_stgcn_raw_arrays(tmp_path, protocol):
+    paths = [f"/some/where/{n}.skeleton" for n in NAMES]
+    clips = open_clips(write_npy(tmp_path / "xview", npy_array(), "train_data", paths, protocol))
+    assert clips.names == NAMES
+    for clip, joints in zip(clips, RAW):
+        np.testing.assert_array_equal(clip.joints, joints)
+        assert "preprocessed" not in clip.tags and clip.split == {"xview": "train"}
+
+
+def test_msg3d_folder_with_both_parts_and_bones(tmp_path):
+    x = npy_array(centred=True)
+    folder = tmp_path / "xsub"
+    write_npy(folder, x, "val_data_joint")
+    write_npy(folder, x, "train_data_joint", [n.replace("R001", "R002") for n in NAMES])
+    bone = x - x[:, :, :, SKELETONS["ntu25"].parents]
+    write_npy(folder, bone, "train_data_bone", [n.replace("R001", "R002") for n in NAMES])
+    clips = open_clips(folder)
+    assert len(clips) == 6 and [c.split["xsub"] for c in clips] == ["train"] * 3 + ["test"] * 3
+    assert all(c.tags["preprocessed"] == "msg3d" for c in clips)
+    assert len(open_clips(folder / "val_label.pkl")) == 3
+    for bad in ("train_data_bone", "train_data_joint_motion"):
+        if bad != "train_data_bone":
+            write_npy(folder, x, bad, [n.replace("R001", "R002") for n in NAMES])
+        with pytest.raises(ClipError, match="give the joint file"):
+            open_clips(folder / f"{bad}.npy")
+
+
+def test_kinetics_arrays(tmp_path):
+    """Two coordinates and a score; zeros at the end are padding."""
+    x = np.zeros((3, 3, 300, 18, 2), np.float32)
+    x[:, :2, 1:100] = RNG.uniform(-0.5, 0.5, (3, 2, 99, 18, 2))
+    x[:, 2, 1:100] = 0.7
+    clip = open_clips(write_npy(tmp_path / "kinetics", x, names=["a", "b", "c"]))[1]
+    assert clip.joints.shape == (2, 100, 18, 2) and clip.visible.max() == np.float32(0.7) and clip.split == {"kinetics": "test"}
+    np.testing.assert_array_equal(clip.joints[1, 50], x[1, :2, 50, :, 1].T)
+    skeleton = SKELETONS["openpose18"]
+    bones = x - x[:, :, :, skeleton.parents]  # the published bones subtract the score, too
+    assert what_is_it(bones) == "bone" and what_is_it(x) == "preprocessed"
+
+
+def test_routes_agree(tmp_path):
+    """The same clips by four routes."""
+    routes = [open_clips(write_pyskl(tmp_path / "a.pkl")), open_clips(write_ctrgcn(tmp_path / "b.npz")),
+              open_clips(write_npy(tmp_path / "c", npy_array(), "test_data"))]
+    for a, b, c in zip(*routes):
+        assert a.label == b.label == c.label
+        for other in (b, c):
+            np.testing.assert_array_equal(a.joints, other.joints)
+            np.testing.assert_array_equal(a.visible, other.visible)
+
+
+# ---------------------------------------------------------------- what is wrong
+
+
+@pytest.mark.parametrize("change, reason", [
+    (lambda p: p.write_bytes(pickle.dumps({"annotations": []})), "no list of annotations"),
+    (lambda p: p.write_bytes(pickle.dumps(3)), "no list of annotations"),
+    (lambda p: p.write_bytes(pickle.dumps({"annotations": [None]})), "no list of annotations"),
+    (lambda p: p.write_bytes(b""), "cut off"),
+    (lambda p: p.write_bytes(write_pyskl(p).read_bytes()[:1000]), "cut off"),
+    (lambda p: write_pyskl(p, total_frames=99), "total_frames is 99"),
+    (lambda p: write_pyskl(p, label=-1), "label"),
+    (lambda p: write_pyskl(p, label="nine"), "label"),
+    (lambda p: write_pyskl(p, label=3), "name says"),
+    (lambda p: write_pyskl(p, keypoint=None), "keypoint is missing"),
+    (lambda p: write_pyskl(p, keypoint=[[1, 2]]), "must be an array"),
+    (lambda p: write_pyskl(p, [k[0] for k in RAW]), "must be an array of 4 axes"),
+    (lambda p: write_pyskl(p, [np.where(k > 1, np.nan, k) for k in RAW]), "not finite"),
+    (lambda p: write_pyskl(p, [np.zeros_like(k) for k in RAW]), "no body"),
+    (lambda p: write_pyskl(p, keypoint_score=np.zeros((1, 2, 3))), "like the joints"),
+])
+def test_bad_pyskl(tmp_path, change, reason):
+    path = tmp_path / "a.pkl"
+    change(path)
+    with pytest.raises(ClipError, match=reason):
+        open_clips(path)[0]
+
+
+@pytest.mark.parametrize("arrays, reason", [
+    (dict(x_train=np.ones((2, 5, 149)), y_train=np.eye(2)), "no whole bodies"), (dict(x_train=np.ones((2, 5, 150)), y_train=np.eye(3)), "3 labels"),
+    (dict(x_train=np.ones((2, 150)), y_train=np.eye(2)), "must be"), (dict(x_train=np.ones((2, 5, 150)), y_train=np.ones((2, 2))), "one-hot"),
+    (dict(x_train=np.ones((2, 5, 150))), "missing"), (dict(x_train=np.ones((0, 5, 150)), y_train=np.ones((0, 2))), "no clips"),
+    (dict(x_train=np.array([None]), y_train=np.eye(1)), "pickle"), (dict(x_train=np.ones((1, 5, 150)), y_train=np.array([-1])), "labels|whole"),
+    (dict(x_train=np.zeros((1, 5, 150)), y_train=np.eye(1)), "no body"), (dict(x_train=np.full((1, 5, 150), np.inf), y_train=np.eye(1)), "finite"),
+])  # fmt: skip
+def test_bad_ctrgcn(tmp_path, arrays, reason):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(ClipError, match=reason):
+        open_clips(tmp_path / "a.npz")[0]
+
+
+def test_bad_npy(tmp_path):
+    path = write_npy(tmp_path / "a", npy_array())
+    (tmp_path / "a/val_label.pkl").unlink()
+    with pytest.raises(ClipError, match="val_label.pkl is missing"):
+        open_clips(path)
+    for x, reason in ((npy_array()[0], "must be"), (npy_array()[:2], "2 clips, but val_label.pkl 3"), (npy_array().astype(complex), "plain array"),
+                      (np.asfortranarray(npy_array()), "plain array")):  # fmt: skip
+        with pytest.raises(ClipError, match=reason):
+            open_clips(write_npy(tmp_path / "b", x))
+    path = write_npy(tmp_path / "c", npy_array())
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ClipError, match="needs"):
+        open_clips(path)
+    with pytest.raises(ClipError, match="only labels"):
+        (tmp_path / "d").mkdir()
+        (tmp_path / "d/train_label.pkl").write_bytes(pickle.dumps((NAMES, LABELS)))
+        open_clips(tmp_path / "d/train_label.pkl")
+
+
+# ---------------------------------------------------------------- hostile
+
+
+class Call:
+    def __init__(self, function, *arguments):
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+class WithState:
+    def __reduce__(self):
+        return np.dtype, ("f8",), {"order": "x"}
+
+
+HOSTILE = {
+    "os.system": Call(os.system, "echo hacked > hacked"),
+    "eval": Call(eval, "1+1"),
+    "getattr": Call(getattr, "a", "upper"),
+    "import": Call(__import__, "os"),
+    "subprocess": Call(subprocess.Popen, ["true"]),
+    "np.load": Call(np.load, "x"),
+    "np.memmap": Call(np.memmap, "x"),
+    "ndarray of a terabyte": Call(np.ndarray, (10**12,)),
+    "an object": WithState(),
+    "an instance": Fraction(1, 3),
+    "a class": ClipError,
+    "bytearray of a terabyte": Call(bytearray, 10**12),
+    "key that breaks hash": None,
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("route", ["a.pkl", "val_label.pkl", "x.npz", "x.npy"])
+def test_hostile_pickles_are_refused_by_name(tmp_path, monkeypatch, case, route):
+    monkeypatch.chdir(tmp_path)
+    if case.startswith("key"):
+        data = b"\x80\x04}" + b")" + b"\x85" * 10**5 + b"K\x01s."
+    else:
+        data = pickle.dumps({"annotations": [{"frame_dir": "a", "keypoint": HOSTILE[case]}]})
+    path = tmp_path / route
+    if route == "x.npz":
+        np.savez(path, x_train=np.array([HOSTILE[case]], dtype=object), y_train=np.eye(1))
+    elif route == "x.npy":
+        np.save(path, np.array([HOSTILE[case]], dtype=object))
+        (tmp_path / "label.pkl").write_bytes(data)
+    else:
+        path.write_bytes(data)
+        np.save(tmp_path / "val_data_joint.npy", npy_array())
+    with pytest.raises(ClipError) as e:
+        open_clips(path)[0]
+    assert not (tmp_path / "hacked").exists()
+    if route == "a.pkl" and case in ("os.system", "eval", "getattr"):
+        assert HOSTILE[case].reduced[0].__name__ in str(e.value)
+
+
+def instructions(*parts):
+    return b"".join(p if isinstance(p, bytes) else p.encode() for p in parts)
+
+
+@pytest.mark.parametrize("data", [
+    instructions("cos\nsystem\n", "(S'true'\ntR."), instructions("(cos\nsystem\nS'true'\no."), instructions("(S'true'\nios\nsystem\n."),
+    instructions(b"\x80\x02cos\nsystem\n", "(S'true'\nt", b"\x81."), instructions("Pabc\n."), instructions(b"\x80\x02K\x01Q."),
+    instructions(b"\x80\x02\x82\x01."), instructions(b"\x80\x05", b"\x97."), instructions("cnumpy\ndtype\n(S'f8'\ntR}S'__class__'\nI1\nsb."),
+    instructions("cnumpy\ndtype\n}S'dtype'\nI1\nsb."), instructions("cbuiltins\nexec\n(S'1'\ntR."), instructions("c__builtin__\neval\n(S'1'\ntR."),
+    instructions("cnumpy.core.multiarray\n_reconstruct.__globals__\n."), instructions(b"\x80\x04\x8c\x05numpy\x8c\x0cdtype.__init__\x93."),
+    instructions(b"\x80\x04B\xff\xff\xff\xff."), instructions(b"\x80\x04\x8e", b"\xff" * 8, "."), instructions(b"\x80\x04r\xff\xff\xff\x7f."),
+    instructions(b"\x80\x04\x8b\xff\xff\xff\x7f."), instructions("L" + "9" * 5000 + "\n."), instructions(b"."), instructions(b"0."), instructions(b"\x80\xff."),
+])  # fmt: skip
+def test_hostile_instructions(tmp_path, data):
+    path = tmp_path / "a.pkl"
+    path.write_bytes(data)
+    with pytest.raises(ClipError):
+        load_pickle(path)
+
+
+def test_nothing_unpickles_freely():
+    """No module of the package loads pickles any other way."""
+    root = os.path.join(os.path.dirname(__file__), "..", "stf")
+    for name in os.listdir(root):
+        if name.endswith(".py"):
+            text = open(os.path.join(root, name), encoding="utf-8").read()
+            for bad in ("pickle.load(", "pickle.loads(", "allow_pickle=True", "weights_only=False", "read_pickle", "joblib", "eval(", "exec("):
+                lines = [line for line in text.split("\n") if bad in line and ".eval(" not in line and "load_pickle(" not in line]
+                assert not lines, (name, lines)
+
+
+@given(st.data())
+@settings(max_examples=150, **FUZZ)
+def test_fuzzed_pickles(tmp_path_factory, data):
+    from test_clips import check_clip, mutations
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    path = write_pyskl(folder / "a.pkl", [k[:, :2, :3, :] for k in RAW], protocol=data.draw(st.integers(0, 5)))
+    path.write_bytes(mutations(path.read_bytes(), data.draw))
+    try:
+        for clip in open_clips(path, errors="collect"):
+            check_clip(clip)
+    except ClipError:
+        pass
+
+
+@given(st.data())
+@settings(max_examples=100, **FUZZ)
+def test_fuzzed_npz_and_labels(tmp_path_factory, data):
+    from test_clips import check_clip, mutations
+
+    folder = tmp_path_factory.mktemp("fuzz")
+    if data.draw(st.booleans()):
+        path = damaged = write_ctrgcn(folder / "a.npz", data.draw(st.booleans()))
+    else:
+        path = write_npy(folder, npy_array()[:, :, :5])
+        damaged = data.draw(st.sampled_from([path, folder / "val_label.pkl"]))
+    damaged.write_bytes(mutations(damaged.read_bytes(), data.draw))
+    try:
+        for clip in open_clips(path, errors="collect"):
+            check_clip(clip)
+    except ClipError:
+        pass
+
+
+def test_memory_stays_small(tmp_path):
+    """A file of 150 MB is opened and read in a process that may use little more than it needs for one clip."""
+    rows = [{"frame_dir": f"v{i}", "label": i % 7, "keypoint": np.ones((1, 5000, 25, 3), np.float32), "total_frames": 5000} for i in range(100)]
+    (tmp_path / "big.pkl").write_bytes(pickle.dumps({"annotations": rows}))
+    code = ("import resource, sys\nfrom stf.clips import open_clips\nbase = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+            "n = sum(c.joints.shape[1] for c in open_clips(sys.argv[1]))\nassert n == 500_000\n"
+            "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)")
+    more = int(subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.pkl")], check=True, capture_output=True, text=True).stdout)
+    assert more < 60, f"{more} MiB"
+
+
+def test_array_rows_of_a_lying_zip(tmp_path):
+    with pytest.raises(ClipError):
+        ArrayRows(tmp_path / "none.npz", "x")
+    path = write_ctrgcn(tmp_path / "a.npz")
+    data = bytearray(path.read_bytes())
+    at = data.find(b"(1, 12, 150)")
+    data[at : at + 12] = b"(9, 12, 150)"
+    path.write_bytes(data)
+    with pytest.raises(ClipError, match="needs|can't be read"):
+        CtrGcnFile(path)
+
+
+def test_what_is_nothing_of_the_kind(tmp_path):
+    (tmp_path / "a.txt").touch()
+    assert open_arrays(tmp_path) is None and open_arrays(tmp_path / "a.txt") is None
+
+
+# ---------------------------------------------------------------- real files
+
+
+def test_real_ctrgcn(real_data):
+    """Eleven clips whose raw files are there, too: the same up to a move and the makers' noise rules."""
+    path = real_data / "ntu-ctrgcn-npz/NTU60_CS.npz"
+    if not path.exists():
+        pytest.skip("CTR-GCN's file is not among the real recordings")
+    clips = open_clips(path)
+    assert len(clips) == 11 and [c.label for c in clips] == list(range(49, 60))
+    compared = 0
+    for clip in clips:
+        raw_path = real_data / f"ntu-raw/skeletons/S017C003P020R002A{clip.label + 1:03d}.skeleton"
+        if not raw_path.exists():
+            continue
+        raw = open_clips(raw_path)[0]
+        assert raw.joints.shape[1] == clip.joints.shape[1]
+        a = clip.joints[0] - clip.joints[0, :, :1]
+        distance = min(np.abs(a - (b - b[:, :1])).max() for b in raw.joints)
+        compared += distance < 1e-4
+    assert compared >= 5
+
+
+def test_real_golden_pairs(real_data, tmp_path):
+    """The published arrays are told apart: joints from bones."""
+    path = real_data / "ntu-msg3d-npy/golden_pairs.npz"
+    if not path.exists():
+        pytest.skip("the golden pairs are not among the real recordings")
+    golden = np.load(path)
+    assert what_is_it(golden["joint"]) == "preprocessed" and what_is_it(golden["bone"]) == "bone"
+
+
+def test_real_label_pickles(real_data, tmp_path):
+    """All eight label files of the standard splits pass the restricted unpickler."""
+    import tarfile
+
+    path = real_data / "ntu-labels/ntu_split_labels.tar.xz"
+    if not path.exists():
+        pytest.skip("the label pickles are not among the real recordings")
+    with tarfile.open(path) as tar:
+        for member in tar:
+            if member.isfile():
+                (tmp_path / "a.pkl").write_bytes(tar.extractfile(member).read())
+                names, labels = load_pickle(tmp_path / "a.pkl")
+                assert len(names) == len(labels) > 16_000
