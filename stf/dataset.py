@@ -4,16 +4,23 @@
 
 # %% auto #0
 __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'REBUILD', 'encode',
-           'exact_encodings', 'StoreError', 'make_shard', 'save_shard', 'load_shard', 'SetChecks', 'join_shards',
-           'protocol_name', 'name_tags', 'protocol_side', 'ClipStore', 'read_header', 'check_files', 'build_store',
-           'split_sides', 'validation_split', 'fraction']
+           'exact_encodings', 'StoreError', 'StoreBusy', 'make_shard', 'save_shard', 'load_shard', 'SetChecks',
+           'join_shards', 'protocol_name', 'name_tags', 'protocol_side', 'ClipStore', 'read_header', 'check_files',
+           'build_store', 'split_sides', 'validation_split', 'fraction']
 
-# %% ../nbs/04_dataset.ipynb #0e06c826
+# %% ../nbs/04_dataset.ipynb #1cd44dc4
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import threading
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from inspect import isgenerator
 from pathlib import Path
@@ -22,6 +29,11 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: builds go without a lock
+    fcntl = None
 
 from .batches import Batch, PackedClips, make_batch, pack_clip, unpack_clip
 from .clips import Clip, ClipError, ntu_missing_skeletons, parse_ntu_name
@@ -57,19 +69,25 @@ def exact_encodings(
             exact.append(i)
     return exact
 
-# %% ../nbs/04_dataset.ipynb #0ec57099
-SHARD = 256  # clips in a shard
+# %% ../nbs/04_dataset.ipynb #08b41d61
+SHARD = 64  # clips in a shard: raw NTU files of one are about 25 MB
 
 
 class StoreError(ValueError):
     "A store that can't be built or opened; the message says which, where, and what to do."
 
 
-def _write(path, data):
-    "Write bytes so that the file is either whole or not there."
-    aside = path.with_name(path.name + ".writing")
+class StoreBusy(StoreError):
+    "A build that can't go on now, though nothing is wrong with the clips; what is finished is kept."
+
+
+@contextmanager
+def _written_aside(path):
+    "A file to write that gets its name when all is written: it is there whole or not at all."
+    path = Path(path)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.writing")
     with open(aside, "wb") as f:
-        f.write(data)
+        yield f
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
@@ -79,7 +97,7 @@ def _json(value, indent=None):
     "JSON bytes; numpy numbers as numbers."
     return (json.dumps(value, ensure_ascii=False, indent=indent, default=lambda o: o.tolist()) + "\n").encode()
 
-# %% ../nbs/04_dataset.ipynb #bb9a0925
+# %% ../nbs/04_dataset.ipynb #01eb8cde
 def _described(clip):
     "What a clip says about itself, apart from its arrays, as one line of JSON."
     about = {"name": clip.name, "label": clip.label, "class_name": clip.class_name, "tags": clip.tags, "split": clip.split}
@@ -92,7 +110,6 @@ def _described(clip):
 def make_shard(
     items,  # Clips and ClipErrors
     skip=frozenset(),  # names to leave out
-    strict: bool = False,  # raise the first ClipError
 ) -> dict:
     "A run of clips as arrays, and what is known about them. Raises StoreError where two clips don't fit together."
     about, refused, skipped, packs, frames, body, skeleton = [], [], [], [], [], None, None
@@ -101,8 +118,6 @@ def make_shard(
             if Path(str(item.path)).stem in skip:
                 skipped.append(Path(str(item.path)).stem)
                 continue
-            if strict:
-                raise item
             refused.append({"path": str(item.path), "place": str(item.place), "reason": str(item.reason)})
             continue
         if item.name in skip:
@@ -135,22 +150,17 @@ def _same_body(a, b):
                 f"clips {a['example']!r} and {b['example']!r} differ in {what} ({named[0]} and {named[1]}): a store holds one kind of body; build one store for each"
             )
 
-# %% ../nbs/04_dataset.ipynb #fd221265
+# %% ../nbs/04_dataset.ipynb #25ce3ddf
 def save_shard(
     shard: dict,  # from make_shard
     path,  # where
 ):
-    "A shard as one file: a line of JSON, then its arrays in numpy's format. It is there whole or not at all."
-    path = Path(path)
-    aside = path.with_name(path.name + ".writing")
-    with open(aside, "wb") as f:
+    "A shard as one file: a line of JSON, then its arrays in numpy's format."
+    with _written_aside(path) as f:
         f.write(_json(shard["meta"]))
         for key in ("clips", "tracks", "joints", "visible"):
             if key in shard:
                 np.save(f, shard[key], allow_pickle=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
 
 
 def load_shard(
@@ -211,7 +221,7 @@ class SetChecks:
             raise StoreError(f"class name {twice[0]!r} belongs to labels {[row['label'] for row in table if row['name'] == twice[0]]}: names must differ")
         return table
 
-# %% ../nbs/04_dataset.ipynb #1fcc6b0b
+# %% ../nbs/04_dataset.ipynb #29a18580
 FORMAT, VERSION = "stf-clips", 1
 
 
@@ -239,14 +249,15 @@ class _ArrayFile:
 
 
 def _text_file(path, data):
-    _write(path, data)
+    with _written_aside(path) as f:
+        f.write(data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def _checksum(header):
     return hashlib.sha256(_json({k: v for k, v in header.items() if k != "checksum"})).hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #1b961662
+# %% ../nbs/04_dataset.ipynb #c11a5d97
 def join_shards(
     paths,  # shard files in order
     checks: SetChecks,  # that has seen them all
@@ -281,7 +292,7 @@ def join_shards(
         "classes": checks.class_table(), "skeleton": checks.body["skeleton"], "files": files,
     }  # fmt: skip
     header["checksum"] = _checksum(header)
-    _write(folder / "header.json", _json(header, indent=1))
+    _text_file(folder / "header.json", _json(header, indent=1))
     return header
 
 # %% ../nbs/04_dataset.ipynb #5a0388fa
@@ -326,7 +337,7 @@ def protocol_side(
         return "test" if tags.get("view", tags.get("camera")) == 3 else "train"
     return None
 
-# %% ../nbs/04_dataset.ipynb #2da1d8b8
+# %% ../nbs/04_dataset.ipynb #ed9be17f
 class ClipStore:
     "Clips in a folder: one copy in true length for all protocols and streams, read by memory mapping. Raises StoreError if it is damaged."
 
@@ -455,9 +466,15 @@ class ClipStore:
         strict: bool = False,  # stop at the first file that can't be read
         progress: bool = True,  # show a bar
         overwrite: bool = False,  # replace a store that is already there
+        workers: int = 0,  # processes that parse files, for what open_clips gives; 0: this process does
     ):
-        "Build a store in bounded memory. Files that can't be read are listed in `store.refused`. Nothing is visible under the name until all is done."
-        build_store(clips, folder, classes, skip, strict, progress, overwrite)
+        """Build a store in bounded memory. Nothing has the folder's name until all is done; the bytes don't depend on workers or interruptions.
+
+        Files that can't be read are listed in `store.refused`. A build of `open_clips(…)` that was killed goes on where it was, and one that
+        was finished from the very same files is opened as it is. With workers, a script needs the usual `if __name__ == "__main__":`.
+        StoreError names the clips that don't fit together.
+        """
+        build_store(clips, folder, classes, skip, strict, progress, overwrite, workers)
         return cls(folder)
 
 # %% ../nbs/04_dataset.ipynb #8be85562
@@ -501,77 +518,211 @@ def _file_hash(path):
             h.update(piece)
     return h.hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #5f8f5ed7
+# %% ../nbs/04_dataset.ipynb #87c67076
 def _partial(folder):
     folder = Path(folder)
     return folder.with_name(folder.name + ".partial")
 
 
+def _attempt(get, *args):
+    "What get gives, or the ClipError that it raises."
+    try:
+        return get(*args)
+    except ClipError as e:
+        return e
+
+
 def _items(clips):
     "Clips, with a ClipError in place of each that can't be read."
-    if isinstance(clips, Clip):
-        clips = [clips]
-    stream = iter(clips)
-    while True:
-        try:
-            yield next(stream)
-        except StopIteration:
+    clips = [clips] if isinstance(clips, Clip) else clips
+    if hasattr(clips, "__len__") and hasattr(clips, "__getitem__"):
+        yield from (_attempt(clips.__getitem__, i) for i in range(len(clips)))
+        return
+    stream, end = iter(clips), object()
+    while (item := _attempt(next, stream, end)) is not end:
+        if isinstance(item, ClipError) and isgenerator(stream):
+            raise item
+        yield item
+
+# %% ../nbs/04_dataset.ipynb #4cb004e4
+def _is_files(clips):
+    return hasattr(clips, "read") and hasattr(clips, "parse") and hasattr(clips, "names")
+
+
+def _stamp(path):
+    "Time and size of a file, or of the archive that it is in."
+    while not os.path.exists(path) and os.path.dirname(path) != path:
+        path = os.path.dirname(path)
+    found = os.stat(path) if os.path.exists(path) else None
+    return (path, found.st_mtime_ns, found.st_size) if found else (path, 0, 0)
+
+
+def _plan(clips, skip, *options):
+    "A hash of what is to be built, the files' times and sizes included; None where that can't be told before it is read."
+    if not _is_files(clips):
+        return None
+    stamps = sorted({_stamp(clips.where(i)) for i in range(len(clips))})
+    reading = getattr(getattr(clips, "source", None), "options", None)
+    what = (FORMAT, VERSION, SHARD, stamps, list(clips.names), reading, sorted(skip), options)
+    return hashlib.sha256(repr(what).encode()).hexdigest()
+
+
+def _read_raw(clips, start):
+    "(number, raw bytes or ClipError) of the files of a shard."
+    return [(i, _attempt(clips.read, i)) for i in range(start, min(start + SHARD, len(clips)))]
+
+
+def _parse_shard(clips, raws, skip, path):
+    "One shard from raw files to its place."
+    items = (raw if isinstance(raw, ClipError) else _attempt(clips.parse, i, raw) for i, raw in raws)
+    save_shard(make_shard(items, skip), path)
+    return path
+
+# %% ../nbs/04_dataset.ipynb #0ba8a62e
+_job = None  # of a worker process: what it parses, and what it leaves out
+
+
+def _start_worker(clips, skip):
+    global _job
+    _job = clips, skip
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+
+
+def _work(raws, path):
+    return _parse_shard(_job[0], raws, _job[1], path)
+
+
+def _shards_in_pool(clips, todo, skip, workers):
+    "Paths of shards in order; finished ones are taken as they are. At most two shards more than workers are in memory."
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(clips, skip))
+    waiting = deque()
+    finish = lambda item: item.result() if isinstance(item, Future) else item
+    try:
+        for k, path in enumerate(todo):
+            waiting.append(path if path.exists() else pool.submit(_work, _read_raw(clips, k * SHARD), path))
+            if len(waiting) > workers + 2:
+                yield finish(waiting.popleft())
+        yield from map(finish, waiting)
+    except BrokenProcessPool as e:
+        raise StoreBusy("a worker process was killed (often for want of memory); build again with fewer workers: what is finished is kept") from e
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _shards_of_files(clips, partial, skip, workers):
+    todo = [partial / f"shard-{k:06d}" for k in range((len(clips) + SHARD - 1) // SHARD)]
+    if workers and not all(path.exists() for path in todo):
+        yield from _shards_in_pool(clips, todo, skip, workers)
+        return
+    for k, path in enumerate(todo):
+        yield path if path.exists() else _parse_shard(clips, _read_raw(clips, k * SHARD), skip, path)
+
+
+def _shards_of_items(clips, partial, skip):
+    items = _items(clips)
+    for k in itertools.count():
+        run = list(itertools.islice(items, SHARD))
+        if not run:
             return
-        except ClipError as e:
-            if isgenerator(stream):  # it ends with its first error: going on would lose the rest in silence
-                raise
-            yield e
+        path = partial / f"shard-{k:06d}"
+        save_shard(make_shard(run, skip), path)
+        yield path
+
+# %% ../nbs/04_dataset.ipynb #e78a90c7
+@contextmanager
+def _locked(partial):
+    "Hold a build folder for this process; the system lets go of it when the process ends, however it ends."
+    partial.mkdir(parents=True, exist_ok=True)
+    with open(partial / "lock", "wb") as f:
+        if fcntl is not None:
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as e:
+                raise StoreBusy(f"{partial}: another build of this store is running; wait for it, or stop it") from e
+        yield
 
 
-def build_store(clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False):
-    "The work of ClipStore.build."
-    folder = Path(folder)
+def _begin(partial, plan):
+    "Keep what an interrupted build of the same plan has finished; clear away anything else."
+    stored = partial / "plan"
+    if plan is None or not stored.exists() or stored.read_text() != plan:
+        for path in partial.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if plan is not None:
+            _text_file(stored, plan.encode())
+
+
+def _is_built(folder, plan):
+    "Whether the folder holds a whole store that was built by this very plan."
+    stored = folder / "built_from"
+    return plan is not None and (folder / "header.json").exists() and stored.exists() and stored.read_text() == plan
+
+
+def _refuse_existing(folder, overwrite):
     if folder.exists() and not (overwrite and (folder / "header.json").exists()):
         cure = "give overwrite=True to replace it" if (folder / "header.json").exists() else "it is no store, so nothing was touched"
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
-    skip = ntu_missing_skeletons() if skip is None else frozenset(skip)
-    checks, partial = SetChecks(classes), _partial(folder)
-    total = len(clips) if hasattr(clips, "__len__") else None
+
+# %% ../nbs/04_dataset.ipynb #7efb81b1
+def build_store(clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False, workers=0):
+    "The work of ClipStore.build."
+    folder, checks = Path(folder), SetChecks(classes)
+    partial, skip = _partial(folder), ntu_missing_skeletons() if skip is None else frozenset(skip)
+    plan = _plan(clips, skip, classes, strict)
+    built = not overwrite and _is_built(folder, plan)
+    if not built:
+        _refuse_existing(folder, overwrite)
+    keep = plan is not None  # after a stop, what is finished
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        paths = _write_shards(_items(clips), partial, checks, skip, strict, total, progress)
+        with _locked(partial):
+            if not built:
+                _begin(partial, plan)
+                _build(clips, folder, partial, checks, skip, strict, progress, workers)
+        keep = False
+    except StoreBusy:
+        keep = True
+        raise
+    except (StoreError, ClipError):
+        keep = False
+        raise
+    except OSError as e:
+        at = f" at {e.filename}" if e.filename else ""
+        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror}; make room or choose another place, then build again") from e
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _build(clips, folder, partial, checks, skip, strict, progress, workers):
+    if not ((partial / "joined").exists() and (partial / "store").exists()):
+        shards = _shards_of_files(clips, partial, skip, workers) if _is_files(clips) else _shards_of_items(clips, partial, skip)
+        paths, total = [], len(clips) if hasattr(clips, "__len__") else None
+        with tqdm(desc="clips", total=total, unit="clip", disable=not progress) as bar:
+            for path in shards:
+                meta = load_shard(path, arrays=False)["meta"]
+                if strict and meta["refused"]:
+                    raise ClipError(*meta["refused"][0].values())
+                checks.add(meta)
+                paths.append(path)
+                bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
         if checks.body is None:
             raise StoreError(f"{folder}: there is no clip to store{_why_none(paths)}")
+        shutil.rmtree(partial / "store", ignore_errors=True)
         (partial / "store").mkdir()
         join_shards(paths, checks, partial / "store")
-        _put_in_place(partial / "store", folder)
-        shutil.rmtree(partial)
-    except OSError as e:
-        raise StoreError(f"{folder}: can't write {e.filename or 'a file'}: {e.strerror}; make room or choose another place, then build again") from e
-    except (StoreError, ClipError):
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_shards(items, partial, checks, skip, strict, total, progress):
-    paths, run = [], []
-
-    def flush():
-        shard = make_shard(run, skip, strict)
-        checks.add(shard["meta"])
-        paths.append(partial / f"shard-{len(paths):06d}")
-        save_shard(shard, paths[-1])
-        run.clear()
-
-    for item in tqdm(items, desc="clips", total=total, unit="clip", disable=not progress):
-        run.append(item)
-        if len(run) == SHARD:
-            flush()
-    if run:
-        flush()
-    return paths
+        if (partial / "plan").exists():
+            shutil.copyfile(partial / "plan", partial / "store" / "built_from")
+        _text_file(partial / "joined", b"")
+    _put_in_place(partial / "store", folder)
 
 
 def _why_none(paths):
     metas = [load_shard(p, arrays=False)["meta"] for p in paths]
     refused, skipped = [r for m in metas for r in m["refused"]], sum(len(m["skipped"]) for m in metas)
-    first = f"; the first: {refused[0]['path']}: {refused[0]['place']}: {refused[0]['reason']}" if refused else ""
+    first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
     return f" ({len(refused)} could not be read, {skipped} were skipped{first})"
 
 
@@ -584,7 +735,7 @@ def _put_in_place(new, folder):
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/04_dataset.ipynb #e3732a07
+# %% ../nbs/04_dataset.ipynb #b5989ca3
 def split_sides(store, protocol):
     "(N,) array of 'train', 'test' or '' for each clip."
     protocol = protocol_name(protocol)
@@ -609,7 +760,7 @@ def split_sides(store, protocol):
         raise StoreError(f"{store.folder}: protocol {protocol!r} says nothing about clip {store.names[missing[0]]!r} and {len(missing) - 1} others")
     return sides
 
-# %% ../nbs/04_dataset.ipynb #0afb80fa
+# %% ../nbs/04_dataset.ipynb #bf3ded83
 def _shuffled(items, seed):
     "In an order that depends on the seed only (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
