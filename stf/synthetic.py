@@ -471,7 +471,7 @@ def act(
     balance(actor)
     return bend_arms(actor)
 
-# %% ../nbs/03_synthetic.ipynb #ef2c9a77
+# %% ../nbs/03_synthetic.ipynb #f4a4704f
 def _pick_up(s):
     a = s.amplitude
     s.wait(0.25)
@@ -503,7 +503,7 @@ def _stand_up(s):
     s.move(0.65, sit=0.0, bend=0.0, nod=0.0, hand=REST, other=REST)
     return s.wait(0.35)
 
-# %% ../nbs/03_synthetic.ipynb #e199b4a6
+# %% ../nbs/03_synthetic.ipynb #f0949fac
 def _kick(s):
     a = s.amplitude
     guard = Reach("chest", (0.35, -0.5, 0.25))
@@ -541,7 +541,7 @@ def _jump(s):
         s.move(0.40, rise=0.0, bend=0.0, hand=REST, other=REST)
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #87b15901
+# %% ../nbs/03_synthetic.ipynb #76c9fc2a
 def _throw(s):
     a = s.amplitude
     s.wait(0.2)
@@ -589,7 +589,7 @@ def _point(s):
     s.move(0.6, hand=REST, look=0.0, twist=0.0)
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #e9694ffd
+# %% ../nbs/03_synthetic.ipynb #8457671a
 def _touch(s, landmark):
     if landmark == "head":
         spot = Reach("head", (0.13, 0.0, 0.05), pole=(1.0, -0.45, 0.3), palm=(-0.6, 0.8, 0.0))
@@ -608,7 +608,7 @@ def _touch(s, landmark):
     s.move(0.65, hand=REST, nod=0.0, roll=0.0, **({"other": REST} if both else {}))
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #2a7861f9
+# %% ../nbs/03_synthetic.ipynb #1d524f10
 def _shoe(s, reverse):
     "Put on: shoe in hand, foot up, pull from toe to heel, foot down. Take off: the same path backwards."
     in_hand = s.style * s.rng.random() < 0.5  # otherwise the shoe stands on the floor
@@ -638,7 +638,7 @@ def _shoe(s, reverse):
         s.move(0.85, **{**rest, **held})
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #73233ba5
+# %% ../nbs/03_synthetic.ipynb #6fcfa389
 def _follow(b, a):
     "Let the partner's script run as long as the first one's."
     b.clock = max(a.clock, b.clock)
@@ -699,7 +699,7 @@ def _hug(a, b):
     a.wait(0.15)
     return 0.86
 
-# %% ../nbs/03_synthetic.ipynb #a62c3af5
+# %% ../nbs/03_synthetic.ipynb #88450a3b
 def _handshake(a, b):
     grip = lambda up: Reach("meet", (0.0, 0.93 + up, -0.09), pole=(0.5, -0.9, -0.3), palm=(-0.05, 0.0, 1.0))
     height = a.vary(0.05)
@@ -739,7 +739,7 @@ def _walk_apart(a, b):
     a.wait(0.2)
     return -0.7  # they stand back to back
 
-# %% ../nbs/03_synthetic.ipynb #e3361187
+# %% ../nbs/03_synthetic.ipynb #1c0a3396
 @dataclass(frozen=True)
 class Action:
     "One action: its NTU RGB+D number and name, and its script."
@@ -776,7 +776,7 @@ ACTIONS = {
     )
 }
 
-# %% ../nbs/03_synthetic.ipynb #390bd545
+# %% ../nbs/03_synthetic.ipynb #3058816d
 def _random(*numbers):
     "A random stream that depends on these numbers alone."
     return np.random.default_rng(np.random.SeedSequence([int(n) for n in numbers]))
@@ -808,7 +808,7 @@ def _cast(action, people, scripts, facing, rng, style):
     sides = [1, 1] if action.name == "handshake" else sides
     return [centre - ahead, centre + ahead], [v + normal(0.05) for v in turns], sides
 
-# %% ../nbs/03_synthetic.ipynb #3ecc3f68
+# %% ../nbs/03_synthetic.ipynb #c42a7354
 def perform(
     action: int,  # NTU action number, a key of ACTIONS
     subject: int,  # subject number, from 1
@@ -835,7 +835,7 @@ def perform(
             build(actor)
     return np.stack([bend_arms(actor, actors[1 - i] if len(actors) == 2 else None) for i, actor in enumerate(actors)])
 
-# %% ../nbs/03_synthetic.ipynb #48c3a7b7
+# %% ../nbs/03_synthetic.ipynb #75f6bbb1
 @dataclass(frozen=True)
 class Camera:
     "A depth camera on a tripod; metres and radians. It looks at the room's middle, turned and tilted a little."
@@ -864,7 +864,7 @@ def room_camera(
     azimuth = {1: 0.0, 2: np.pi / 4, 3: -np.pi / 4}[camera] + 0.05 * u[0]
     return Camera(azimuth, 3.5 + 0.3 * u[1], 0.75 + 0.15 * u[2], 0.04 * u[3], 0.04 * u[4])
 
-# %% ../nbs/03_synthetic.ipynb #46e6e1a4
+# %% ../nbs/03_synthetic.ipynb #9a62b7e6
 def _by_joint(default, **special):
     "(25,) one value a joint; a name without a side means both sides."
     values = np.full(25, float(default))
@@ -889,7 +889,7 @@ _TREE = [(1, 0), (20, 1), (2, 20), (3, 2)] + [  # (joint, parent) from the spine
     pair for a, b in ((4, 12), (8, 16)) for pair in ((a, 20), (a + 1, a), (a + 2, a + 1), (a + 3, a + 2), (b, 0), (b + 1, b), (b + 2, b + 1), (b + 3, b + 2))
 ] + [(21, 7), (22, 7), (23, 11), (24, 11)]  # fmt: skip
 
-# %% ../nbs/03_synthetic.ipynb #c681ae71
+# %% ../nbs/03_synthetic.ipynb #7172d413
 def _bursts(rng, shape, rate):
     "(M,T,25) bool: bursts of frames that cover about `rate` (25,) of each joint's time."
     M, T, V = shape
@@ -916,7 +916,7 @@ def _hidden(joints):
                                   "left shoulder", "right shoulder")]] = False  # fmt: skip
     return hidden
 
-# %% ../nbs/03_synthetic.ipynb #004760ea
+# %% ../nbs/03_synthetic.ipynb #02f7c7fb
 def _slow(rng, shape, width):
     "Gaussian noise of unit size (M,T,…), correlated over about `width` frames."
     T = shape[1]
@@ -949,7 +949,7 @@ class Observation:
     present: np.ndarray  # (M,T) whether the body is in the file at all
     ids: tuple  # M body IDs, 17 digits
 
-# %% ../nbs/03_synthetic.ipynb #740aadbe
+# %% ../nbs/03_synthetic.ipynb #d0c098ba
 def _errors(rng, shape, inferred):
     "(M,T,25,3) metres: drift that adds up from joint to joint, worse at inferred joints, and jitter; more in depth."
     depth = np.array([1.0, 1.0, 1.3])
@@ -988,7 +988,7 @@ def observe(
     ids = 72057594037900000 + rng.choice(40000, len(joints), replace=False)
     return Observation(joints, state, present, tuple(int(i) for i in ids))
 
-# %% ../nbs/03_synthetic.ipynb #d7ebfe71
+# %% ../nbs/03_synthetic.ipynb #07a6863d
 DEPTH_CAMERA = (366.0, 258.0, 208.0)  # focal length and centre, pixels
 COLOUR_CAMERA = (1058.0, 974.0, 557.0)
 _JOINT_ROW = "%.6g %.6g %.6g %.5g %.5g %.5g %.5g 0 0 0 0 %d\n"
@@ -1011,7 +1011,7 @@ def format_ntu(
     frames = [f"{p.sum()}\n" + "".join(body[m] for m in np.flatnonzero(p)) for p in seen.present.T]
     return (f"{T}\n" + "".join(frames)) % tuple(values.ravel().tolist())
 
-# %% ../nbs/03_synthetic.ipynb #f2776574
+# %% ../nbs/03_synthetic.ipynb #48582e10
 @dataclass(frozen=True)
 class SyntheticConfig:
     "What to record. The default is 20 actions × 12 subjects × 3 cameras = 720 clips. Raises ValueError for what can't be recorded."
@@ -1046,7 +1046,7 @@ class SyntheticConfig:
         "(action, subject, repetition, camera) of each clip, in order."
         return [(a, p, r, c) for a in self.actions for p in self.subjects for r in self.repetitions for c in self.cameras]
 
-# %% ../nbs/03_synthetic.ipynb #3c935b85
+# %% ../nbs/03_synthetic.ipynb #677b6691
 def record(
     action: int,  # NTU action number
     subject: int,  # subject number, from 1
