@@ -220,7 +220,7 @@ def _check_values(config):
     if config.model == "msg3d" and config.loss_weights.g:
         raise ConfigError("the adjacency loss (g) needs model='stf': MS-G3D has no β and no G")
 
-# %% ../nbs/10_train.ipynb #05bbf48e
+# %% ../nbs/10_train.ipynb #7f4ebb83
 BENCHMARKS = {
     "ntu60-xsub": dict(data="data/ntu60", protocol="xsub"),
     "ntu60-xview": dict(data="data/ntu60", protocol="xview"),
@@ -231,8 +231,8 @@ BENCHMARKS = {
 
 SMALL = dict(widths=(24, 48, 96), gcn_scales=6, g3d_scales=3)
 OTHERS = {
-    "synthetic": dict(data="data/synthetic", protocol="xsub", length=48, batch_size=32, **SMALL,
-                      epochs=12, milestones=(8, 11), stf_lr=1e-3, stf_epochs=3, stf_milestones=(2,)),
+    "synthetic": dict(data="data/synthetic", protocol="xsub", length=32, batch_size=16, widths=(24, 48, 96), gcn_scales=4,
+                      g3d_scales=4, windows=(3,), epochs=12, milestones=(8, 11), stf_lr=1e-3, stf_epochs=4, stf_milestones=(3,)),
     "ucla": dict(data="data/ucla", protocol="xview", length=52, num_bodies=1, batch_size=16, epochs=50, milestones=(30, 40)),
     "ucla-small": dict(data="data/ucla", protocol="xview", length=52, num_bodies=1, batch_size=16, **SMALL,
                        epochs=30, milestones=(20, 27), stf_lr=1e-3, stf_epochs=8, stf_milestones=(5, 7)),
