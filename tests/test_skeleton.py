@@ -1,0 +1,91 @@
+"""Graphs: random trees against an independent count of hops, and bodies that make no sense."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stf.skeleton import SKELETONS, Skeleton, hop_distance, k_adjacency, multi_scale_adjacency, normalize_adjacency
+
+
+@st.composite
+def trees(draw, largest=24):
+    V = draw(st.integers(1, largest))
+    return [draw(st.integers(0, v - 1)) for v in range(1, V)]  # parent of joint v
+
+
+def make(parents):
+    V = len(parents) + 1
+    names = [f"joint {v}" for v in range(V)]
+    return Skeleton("tree", names, [(v + 1, p) for v, p in enumerate(parents)], centre=0, height=(0,))
+
+
+def hops_by_ancestors(parents, a, b):
+    up = lambda v: [v] + (up(parents[v - 1]) if v else [])
+    way_a, way_b = up(a), up(b)
+    meet = next(v for v in way_a if v in way_b)
+    return way_a.index(meet) + way_b.index(meet)
+
+
+@settings(max_examples=60, deadline=None)
+@given(trees())
+def test_hop_distance_of_random_trees(parents):
+    d = hop_distance(make(parents).adjacency())
+    for a in range(len(d)):
+        for b in range(len(d)):
+            assert d[a, b] == hops_by_ancestors(parents, a, b)
+
+
+@settings(max_examples=40, deadline=None)
+@given(trees(), st.integers(0, 8))
+def test_scales_of_random_trees(parents, k):
+    A = make(parents).adjacency()
+    exact, most = k_adjacency(A, k), k_adjacency(A, k, exact=False)
+    assert (exact <= most).all() and (np.diag(exact) == 1).all() and np.array_equal(exact, exact.T)
+    assert np.array_equal(most, np.max([k_adjacency(A, j) for j in range(k + 1)], axis=0))
+    assert np.linalg.eigvalsh(normalize_adjacency(exact)).max() < 1 + 1e-9
+
+
+def test_public_bones():
+    """A wrong bone would still be a tree; so the hands, where codebases differ, and a few others are spelled out."""
+    ntu = SKELETONS["ntu25"]
+    bone = {ntu.joints[j]: ntu.joints[p] for j, p in ntu.bones}
+    assert bone["left hand tip"] == "left thumb" and bone["left thumb"] == "left hand"
+    assert bone["right hand tip"] == "right thumb" and bone["right thumb"] == "right hand"
+    assert "spine shoulder" not in bone and bone["spine mid"] == "spine shoulder" and bone["left hip"] == "spine base"
+    kinetics = SKELETONS["openpose18"]
+    assert {kinetics.joints[j]: kinetics.joints[p] for j, p in kinetics.bones}["left hip"] == "left shoulder"
+    assert [len(s.bones) for s in SKELETONS.values()] == [24, 17, 16, 19]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(bones=[(1, 0)]), "not connected to 'a': \\['c'\\]"),
+    (dict(bones=[(1, 0), (2, 1), (0, 2)]), "need 2 bones"),
+    (dict(bones=[(0, 1), (0, 2)]), "two parents"),
+    (dict(bones=[(1, 0), (2, 2)]), "two different joints"),
+    (dict(bones=[(1, 0), (2, 7)]), "indices go from 0 to 2"),
+    (dict(bones=[(1, 0), ("d", 0)]), "no joint 'd'; it has a, b, c"),
+    (dict(centre="x"), "no joint 'x'"),
+    (dict(centre=True), "no joint True"),
+    (dict(height=(0, 9)), "no joint 9"),
+    (dict(joints=("a", "b", "b")), "repeated: \\['b'\\]"),
+])
+def test_refused(change, message):
+    fine = dict(name="arm", joints=("a", "b", "c"), bones=[(1, 0), (2, 1)], centre=0, height=(0, 1, 2))
+    Skeleton(**fine)
+    with pytest.raises(ValueError, match=message):
+        Skeleton(**{**fine, **change})
+
+
+@pytest.mark.parametrize("bad", [np.zeros((2, 3)), [[0, 1], [0, 0]], [[np.nan]], [[0, -1], [-1, 0]], np.zeros((0, 0))])
+def test_no_adjacency(bad):
+    with pytest.raises(ValueError, match="adjacency matrix must"):
+        hop_distance(bad)
+
+
+@pytest.mark.parametrize("k", [-1, 1.5, True, "2", None])
+def test_no_scale(k):
+    with pytest.raises(ValueError, match="k must be"):
+        k_adjacency(np.zeros((2, 2)), k)
+    if k is not True:
+        with pytest.raises(ValueError, match="scales must be"):
+            multi_scale_adjacency(np.zeros((2, 2)), k)
