@@ -17,11 +17,11 @@ import torch
 from .clips import Clip
 from .skeleton import Skeleton
 
-# %% ../nbs/03b_batches.ipynb #45ee31a1
+# %% ../nbs/03b_batches.ipynb #f1829882
 def link_slots(
     spans,  # (M,2) first frame and number of frames of each track, in the clip's order
 ) -> np.ndarray:  # (M,) int64
-    "Place of each track: the lowest one that no earlier track holds at that time, so that a track may follow one that has ended."
+    "Place of each track: the lowest one free at that time, so that a track may follow one that has ended."
     slots, ends = np.zeros(len(spans), dtype=np.int64), []
     for m, (first, count) in enumerate(spans):
         if count == 0:
@@ -34,21 +34,23 @@ def link_slots(
             ends.append(first + count)
     return slots
 
-# %% ../nbs/03b_batches.ipynb #68632641
+# %% ../nbs/03b_batches.ipynb #f85a5495
 TRACK = ("first", "count", "slot", "rank")  # columns of a table of tracks
 
 
 def pack_clip(
     clip: Clip,  # one recording
 ):  # (tracks (M,4) int64, joints (R,V,C) float32, visible (R,V) float32)
-    "The rows of one clip, body after body, and where they belong. `tags['listed']`, if any, holds each body's rank within a frame."
+    "Rows of one clip, body after body, and where they belong. `tags['listed']`: each body's rank within a frame."
     M, T = clip.joints.shape[:2]
     present = clip.joints.any(axis=(2, 3)) | clip.visible.any(axis=2)
     first = present.argmax(axis=1)
     count = np.where(present.any(axis=1), T - present[:, ::-1].argmax(axis=1) - first, 0)
     rank = np.asarray(clip.tags.get("listed", range(M)), dtype=np.int64)
     if sorted(rank.tolist()) != list(range(M)):
-        raise ValueError(f"clip {clip.name!r}: tags['listed'] must be a permutation of {M} bodies, got {rank.tolist()}")
+        raise ValueError(
+            f"clip {clip.name!r}: tags['listed'] must be a permutation of {M} bodies, got {rank.tolist()}"
+        )
     spans = np.stack([first, count], axis=1).astype(np.int64)
     tracks = np.concatenate([spans, link_slots(spans)[:, None], rank[:, None]], axis=1)
     pieces = [slice(a, a + n) for a, n in spans]
@@ -56,10 +58,10 @@ def pack_clip(
     visible = np.concatenate([clip.visible[m, p] for m, p in enumerate(pieces)])
     return tracks, joints, visible
 
-# %% ../nbs/03b_batches.ipynb #bed1de61
+# %% ../nbs/03b_batches.ipynb #5883ce60
 @dataclass
 class PackedClips:
-    "N clips as rows: R rows of all bodies and frames, K tracks. Rows may lie in memory, in a file (memory-mapped), or on a device."
+    "N clips as rows: R rows, K tracks. Rows may lie in memory, in a file (memory-mapped), or on a device."
 
     joints: object  # (R,V,C) numpy array, memory map or tensor, in stored units
     visible: object  # (R,V), likewise
@@ -72,7 +74,9 @@ class PackedClips:
     visible_unit: int = 1  # stored visibilities are divided by this
 
     def __post_init__(self):
-        self.rows = np.concatenate([[0], np.cumsum(self.tracks[:, 1])])  # (K+1,) where each track's rows begin
+        self.rows = np.concatenate(
+            [[0], np.cumsum(self.tracks[:, 1])]
+        )  # (K+1,) where each track's rows begin
 
     def __len__(self):
         return len(self.frames)
@@ -86,11 +90,15 @@ class PackedClips:
         "Rows by number, as tensors (n,V,C) and (n,V) float32 in true units, where the rows are kept."
         out = []
         for a, unit in ((self.joints, self.joint_unit), (self.visible, self.visible_unit)):
-            a = a[torch.from_numpy(rows).to(a.device)] if torch.is_tensor(a) else torch.from_numpy(np.take(a, rows, axis=0))
+            a = (
+                a[torch.from_numpy(rows).to(a.device)]
+                if torch.is_tensor(a)
+                else torch.from_numpy(np.take(a, rows, axis=0))
+            )
             out.append(a.float() / unit if unit != 1 else a.float())
         return out
 
-# %% ../nbs/03b_batches.ipynb #1acfef62
+# %% ../nbs/03b_batches.ipynb #49758e13
 def pack_clips(
     clips,  # Clips of one skeleton and one number of coordinates
     labels=None,  # class index of each clip; default: the clips' own labels, −1 where they have none
@@ -101,9 +109,14 @@ def pack_clips(
         raise ValueError("no clips to pack")
     for c in clips:
         if c.skeleton is None:
-            raise ValueError(f"clip {c.name!r} has no skeleton, and none with {c.joints.shape[2]} joints is known: give it one, Clip(..., skeleton=…)")
+            raise ValueError(
+                f"clip {c.name!r} has no skeleton, and none with {c.joints.shape[2]} joints is known: "
+                "give it one, Clip(..., skeleton=…)"
+            )
         if c.skeleton != clips[0].skeleton or c.joints.shape[3] != clips[0].joints.shape[3]:
-            raise ValueError(f"clip {c.name!r} has another skeleton or number of coordinates than {clips[0].name!r}")
+            raise ValueError(
+                f"clip {c.name!r} has another skeleton or number of coordinates than {clips[0].name!r}"
+            )
     tracks, joints, visible = zip(*(pack_clip(c) for c in clips))
     if labels is None:
         labels = [-1 if c.label is None else c.label for c in clips]
@@ -120,7 +133,9 @@ def unpack_clip(
 ):  # (joints (M,T,V,C) float32, visible (M,T,V) float32)
     "One clip's arrays back from its rows: the inverse of `pack_clip`."
     ks = range(packed.starts[i], packed.starts[i + 1])
-    joints, visible = (a.cpu().numpy() for a in packed.take(np.arange(packed.rows[ks[0]], packed.rows[ks[-1] + 1])))
+    joints, visible = (
+        a.cpu().numpy() for a in packed.take(np.arange(packed.rows[ks[0]], packed.rows[ks[-1] + 1]))
+    )
     shape = (len(ks), packed.frames[i])
     out = np.zeros(shape + joints.shape[1:], np.float32), np.zeros(shape + visible.shape[1:], np.float32)
     for m, k in enumerate(ks):
@@ -177,7 +192,7 @@ def gather_rows(
     size = (N, int(slot.max()) + 1, int(rank.max()) + 1, int(frames.max()))
     return Rows(joints, visible, clip, time, slot_of, rank_of, torch.from_numpy(frames).to(device), size)
 
-# %% ../nbs/03b_batches.ipynb #a947247d
+# %% ../nbs/03b_batches.ipynb #89115287
 def _double(x):
     "float64, or float32 on devices that have no float64."
     return x.float() if x.device.type == "mps" else x.double()
@@ -186,7 +201,9 @@ def _double(x):
 def _pick(values, table):
     "Values of rows (R,…) at each entry of a table; 0 where the table is −1."
     here = (table >= 0).view(table.shape + (1,) * (values.dim() - 1))
-    return torch.where(here, values[table.clamp(min=0)], torch.zeros((), dtype=values.dtype, device=values.device))
+    return torch.where(
+        here, values[table.clamp(min=0)], torch.zeros((), dtype=values.dtype, device=values.device)
+    )
 
 
 def _reorder(table, order, num_bodies):
@@ -197,7 +214,7 @@ def _reorder(table, order, num_bodies):
 
 
 def by_spread(rows, table, num_bodies):
-    "The bodies with the largest spread: sum over coordinates of the standard deviation of all joints in all present frames."
+    "Bodies with the largest spread: standard deviation of all joints in all present frames, summed over x, y, z."
     x = _double(rows.joints)
     moments = torch.cat([x.sum(1), x.square().sum(1)], 1)  # (R, 2C)
     n = (table >= 0).sum(2, keepdim=True)
@@ -210,14 +227,16 @@ def by_spread(rows, table, num_bodies):
 def by_score(rows, table, num_bodies):
     "In each frame the bodies with the highest scores, summed over joints."
     score = torch.zeros_like(_double(rows.visible[:, 0]))
-    for v in range(rows.visible.shape[1]):  # one joint after the other: equal sums stay equal on every machine
+    for v in range(
+        rows.visible.shape[1]
+    ):  # one joint after the other: equal sums stay equal on every machine
         score = score + rows.visible[:, v]
     score = torch.where(table >= 0, _pick(score, table), -torch.ones_like(score[:1]))
     return _reorder(table, score.argsort(dim=1, descending=True, stable=True), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #61abcc42
+# %% ../nbs/03b_batches.ipynb #07ff410a
 def _masked_median(values, mask, dim):
-    "Median over a dimension of the entries where mask is true (mean of the middle two); 0 where there are none."
+    "Median over a dimension where mask is true (mean of the middle two); 0 where there is nothing."
     ordered = torch.where(mask, values, torch.inf).sort(dim).values
     n = mask.sum(dim, keepdim=True)
     low, high = (ordered.gather(dim, i.clamp(0, values.shape[dim] - 1)) for i in ((n - 1) // 2, n // 2))
@@ -225,7 +244,7 @@ def _masked_median(values, mask, dim):
 
 
 def _nearest(mask):
-    "(N,T): for each frame the nearest one where mask is true, the earlier of two; any frame where there is none."
+    "(N,T): for each frame the nearest one where mask is true, the earlier of two; any if there is none."
     T = mask.shape[1]
     t = torch.arange(T, device=mask.device).expand_as(mask)
     before = torch.where(mask, t, -2 * T).cummax(1).values
@@ -260,14 +279,14 @@ def _time_index(frames, length):
     t, L = torch.arange(length, device=frames.device), frames[:, None]
     return torch.where(L <= length, t % L, (2 * t + 1) * L // (2 * length))
 
-# %% ../nbs/03b_batches.ipynb #05c9e28f
+# %% ../nbs/03b_batches.ipynb #07da9d98
 def paper_joints(
     rows: Rows,
     skeleton: Skeleton,
     length: int,  # T
     num_bodies: int,  # M
 ):  # (x (N,M,T,V,C), visible (N,M,T,V))
-    "Centred on the main body, divided by its height, repeated to T; zeros where a joint is missing (the paper's data preparation)."
+    "The paper's data preparation: centred on the main body, divided by its height, repeated to T; missing joints 0."
     N, slots, ranks, _ = rows.size
     if rows.joints.shape[2] == 2:
         rows = replace(rows, joints=rows.joints * rows.joints.new_tensor([1, -1]))  # image y points down
@@ -275,19 +294,21 @@ def paper_joints(
     else:
         table = by_spread(rows, rows.table(rows.slot, slots), num_bodies)
     main, t = table[:, 0], _time_index(rows.frames, length)
-    centre = _main_centre(rows, main, skeleton.centre).gather(1, t[..., None].expand(-1, -1, rows.joints.shape[2]))
+    centre = _main_centre(rows, main, skeleton.centre).gather(
+        1, t[..., None].expand(-1, -1, rows.joints.shape[2])
+    )
     height = _main_height(rows, main, skeleton.height)
     table = table.gather(2, t[:, None].expand(-1, num_bodies, -1))
     visible = _pick(rows.visible, table)
     x = rows.joints[table.clamp(min=0)].sub_(centre[:, None, :, None])
     return x.div_(height.view(N, 1, 1, 1, 1)).mul_((visible > 0)[..., None]), visible
 
-# %% ../nbs/03b_batches.ipynb #9a3c808b
+# %% ../nbs/03b_batches.ipynb #bd8eee71
 def rotation_onto(
     vectors,  # (N,3)
     axis: int,  # 0 for x, 1 for y, 2 for z
 ):  # (N,3,3)
-    "Rotations that turn each vector onto an axis; the identity for vectors that are zero, or lie on the axis already (either way round)."
+    "Rotations that turn each vector onto an axis; the identity for vectors that are 0 or lie on it (either way)."
     v = _double(vectors)  # near a half turn, float32 would lose digits
     u = v / v.norm(dim=1, keepdim=True).clamp(min=1e-12)
     e = torch.zeros_like(u)
@@ -300,19 +321,21 @@ def rotation_onto(
     still = (v.abs().sum(1) < 1e-6) | (torch.linalg.cross(v, e).abs().sum(1) < 1e-6)
     return torch.where(still[:, None, None], eye, R).to(vectors.dtype)
 
-# %% ../nbs/03b_batches.ipynb #8d1161e0
+# %% ../nbs/03b_batches.ipynb #b712ee0a
 def _fill(table, length):
     "Table (N,M,T) → (N,M,length): late bodies moved to the front without gaps, each body repeated from its own end."
     T = table.shape[2]
     t = torch.arange(T, device=table.device)
     present = table >= 0
     early = present[:, :, :1]
-    end = torch.where(early, torch.where(present, t + 1, 0).amax(2, keepdim=True), present.sum(2, keepdim=True))
+    end = torch.where(
+        early, torch.where(present, t + 1, 0).amax(2, keepdim=True), present.sum(2, keepdim=True)
+    )
     order = torch.where(early, t, (~present).int().argsort(dim=2, stable=True))
     t = torch.arange(length, device=table.device) % end.clamp(min=1)
     return table.gather(2, order.gather(2, t))
 
-# %% ../nbs/03b_batches.ipynb #b4b2638d
+# %% ../nbs/03b_batches.ipynb #bf76ced0
 MAX_LISTED = 4  # the public NTU code looks at the first four bodies that a frame lists
 
 
@@ -322,19 +345,24 @@ def msg3d_joints(
     length: int,  # T
     num_bodies: int,  # M
 ):  # (x (N,M,T,V,C), visible (N,M,T,V))
-    "Preparation of the public MS-G3D code, for bodies in 3D (a skeleton with spine and shoulders) and for Kinetics (openpose18)."
+    "Preparation of the public MS-G3D code: bodies in 3D (with spine and shoulders), and Kinetics (openpose18)."
     ranks = rows.size[2]
     table = rows.table(rows.rank, ranks)
     if rows.joints.shape[2] == 2:
         if skeleton.name != "openpose18":
-            raise ValueError(f"preset 'msg3d' knows 2D bodies of 'openpose18' only, not {skeleton.name!r}; use preprocess='paper'")
+            raise ValueError(
+                f"preset 'msg3d' knows 2D bodies of 'openpose18' only, not {skeleton.name!r}; use preprocess='paper'"
+            )
         table = _sample_long(by_score(rows, table, num_bodies), rows.frames, length)
         table = torch.nn.functional.pad(table, (0, length - table.shape[2]), value=-1)
         visible = _pick(rows.visible, table)
         x = (_pick(rows.joints, table) - 0.5) * rows.joints.new_tensor([1, -1])
         return x * (visible != 0)[..., None], visible
     if skeleton.spine is None or skeleton.shoulders is None:
-        raise ValueError(f"preset 'msg3d' turns the body by its spine and shoulders, which skeleton {skeleton.name!r} doesn't name; use preprocess='paper'")
+        raise ValueError(
+            f"preset 'msg3d' turns the body by its spine and shoulders, which skeleton {skeleton.name!r} doesn't name; "
+            "use preprocess='paper'"
+        )
     packing = (table < 0).int().argsort(dim=1, stable=True)[:, :MAX_LISTED]
     table = by_spread(rows, table.gather(1, packing), num_bodies)
     table = _fill(_sample_long(table, rows.frames, length), length)
@@ -348,13 +376,13 @@ def msg3d_joints(
 
 
 def _sample_long(table, frames, length):
-    "Clips longer than `length` sampled evenly to it; shorter ones as they are, −1 after their end. (N,M,T) → (N,M,min(T,length))."
+    "(N,M,T) → (N,M,min(T,length)): clips longer than `length` sampled evenly, shorter ones as they are."
     t = torch.arange(min(table.shape[2], length), device=table.device)
     L = frames[:, None]
     source = torch.where(L <= length, t.expand(len(frames), -1), (2 * t + 1) * L // (2 * length))
     return table.gather(2, source[:, None].expand(-1, table.shape[1], -1))
 
-# %% ../nbs/03b_batches.ipynb #15f38786
+# %% ../nbs/03b_batches.ipynb #582351ff
 STREAMS = ("joint", "bone", "joint-motion", "bone-motion")
 PRESETS = {"paper": paper_joints, "msg3d": msg3d_joints}
 
@@ -370,7 +398,7 @@ def bone_parents(
     skeleton: Skeleton,
     preprocess: str = "paper",  # preset
 ) -> np.ndarray:  # (V,) int64
-    "Joint that a bone starts from. The public Kinetics bones hang on the nose, though its graph hangs on the neck: 'msg3d' follows them."
+    "Joint that each bone starts from. Public Kinetics bones hang on the nose (its graph on the neck): 'msg3d' too."
     parents = skeleton.parents
     if preprocess == "msg3d" and skeleton.name == "openpose18":
         nose, neck = skeleton.index("nose"), skeleton.index("neck")
@@ -393,12 +421,12 @@ def make_streams(x, visible, stream, parents, hide):
         x, visible = _difference(x, visible, x[:, :, after], visible[:, :, after], hide)
     return x, visible
 
-# %% ../nbs/03b_batches.ipynb #a9d89850
+# %% ../nbs/03b_batches.ipynb #597efee3
 def in_channels(
     clips,  # ClipStore, PackedClips, Clip, or the number of coordinates (2 or 3)
     preprocess: str = "paper",  # preset
 ) -> int:  # C
-    "Channels of a batch: coordinates and visibility (or score), except that 'msg3d' has no visibility for bodies in 3D."
+    "Channels of a batch: coordinates and visibility (or score); 'msg3d' has no visibility for bodies in 3D."
     _check("preprocess", preprocess, PRESETS)
     C = clips if isinstance(clips, (int, np.integer)) else getattr(clips, "packed", clips).joints.shape[-1]
     return int(C) + (C == 2 or preprocess == "paper")
@@ -419,13 +447,15 @@ def _check_indices(indices, N):
     if indices.dtype == bool:
         indices = np.flatnonzero(indices) if indices.shape == (N,) else indices
     if indices.ndim != 1 or len(indices) == 0 or not np.issubdtype(indices.dtype, np.integer):
-        raise ValueError(f"indices must be a list of clip numbers, at least one; got shape {indices.shape}, type {indices.dtype}")
+        raise ValueError(
+            f"indices must be a list of clip numbers, at least one; got shape {indices.shape}, type {indices.dtype}"
+        )
     wrong = indices[(indices < 0) | (indices >= N)]
     if len(wrong):
         raise IndexError(f"clip numbers go from 0 to {N - 1}; got {wrong[0]}")
     return indices.astype(np.int64)
 
-# %% ../nbs/03b_batches.ipynb #999dbfff
+# %% ../nbs/03b_batches.ipynb #93f5e38f
 @torch.no_grad()
 def make_batch(
     clips,  # PackedClips, a Clip or a list of Clips
@@ -437,7 +467,7 @@ def make_batch(
     device=None,  # where the batch is made; default: where the rows are, else the CPU
     dtype: torch.dtype = torch.float32,  # of x; computed in float32
 ) -> Batch:
-    "x (N,C,T,V,M) and y (N,). A body is absent where all its entries are 0. Raises ValueError for an unknown stream or preset."
+    "x (N,C,T,V,M), y (N,). A body is absent where all its entries are 0. ValueError for an unknown stream or preset."
     _check("stream", stream, STREAMS)
     _check("preprocess", preprocess, PRESETS)
     _check_number("length", length)
@@ -453,7 +483,9 @@ def make_batch(
         x = torch.cat([x, visible[..., None]], -1)  # the public code subtracts the score like a coordinate
     parents = torch.from_numpy(bone_parents(clips.skeleton, preprocess)).to(device)
     x, visible = make_streams(x, visible, stream, parents, hide)
-    out = torch.empty((len(indices), in_channels(C, preprocess), length, x.shape[3], num_bodies), dtype=dtype, device=device)
+    out = torch.empty(
+        (len(indices), in_channels(C, preprocess), length, x.shape[3], num_bodies), dtype=dtype, device=device
+    )
     out[:, : x.shape[-1]] = x.permute(0, 4, 2, 3, 1)
     if hide:
         out[:, -1] = visible.permute(0, 2, 3, 1)

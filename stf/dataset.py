@@ -39,8 +39,13 @@ from .batches import Batch, PackedClips, make_batch, pack_clip, unpack_clip
 from .clips import Clip, ClipError, ntu_missing_skeletons, parse_ntu_name
 from .skeleton import Skeleton
 
-# %% ../nbs/04_dataset.ipynb #1a0fe9e5
-ENCODINGS = (("uint8", 1), ("int16", 1000), ("float16", 1), ("float32", 1))  # (type, unit): stored = value × unit
+# %% ../nbs/04_dataset.ipynb #14638999
+ENCODINGS = (
+    ("uint8", 1),
+    ("int16", 1000),
+    ("float16", 1),
+    ("float32", 1),
+)  # (type, unit): stored = value × unit
 
 
 def encode(
@@ -49,7 +54,11 @@ def encode(
     unit: int,  # stored = value × unit
 ) -> np.ndarray:
     "Values in a stored type."
-    return np.round(values * np.float32(unit)).astype(dtype) if dtype.startswith(("int", "uint")) else values.astype(dtype)
+    return (
+        np.round(values * np.float32(unit)).astype(dtype)
+        if dtype.startswith(("int", "uint"))
+        else values.astype(dtype)
+    )
 
 
 def exact_encodings(
@@ -62,14 +71,16 @@ def exact_encodings(
         for piece in (values.reshape(-1)[:4096], values):  # most failures show at once
             with np.errstate(over="ignore"):
                 fits = not piece.size or (piece.min() * unit >= low and piece.max() * unit <= high)
-                fits = fits and np.array_equal(encode(piece, dtype, unit).astype(np.float32) / np.float32(unit), piece)
+                fits = fits and np.array_equal(
+                    encode(piece, dtype, unit).astype(np.float32) / np.float32(unit), piece
+                )
             if not fits:
                 break
         if fits:
             exact.append(i)
     return exact
 
-# %% ../nbs/04_dataset.ipynb #08b41d61
+# %% ../nbs/04_dataset.ipynb #630fe801
 SHARD = 64  # clips in a shard: raw NTU files of one are about 25 MB
 
 
@@ -95,16 +106,26 @@ def _written_aside(path):
 
 def _json(value, indent=None):
     "JSON bytes; numpy numbers as numbers."
-    return (json.dumps(value, ensure_ascii=False, indent=indent, default=lambda o: o.tolist()) + "\n").encode()
+    return (
+        json.dumps(value, ensure_ascii=False, indent=indent, default=lambda o: o.tolist()) + "\n"
+    ).encode()
 
-# %% ../nbs/04_dataset.ipynb #01eb8cde
+# %% ../nbs/04_dataset.ipynb #665905d3
 def _described(clip):
     "What a clip says about itself, apart from its arrays, as one line of JSON."
-    about = {"name": clip.name, "label": clip.label, "class_name": clip.class_name, "tags": clip.tags, "split": clip.split}
+    about = {
+        "name": clip.name,
+        "label": clip.label,
+        "class_name": clip.class_name,
+        "tags": clip.tags,
+        "split": clip.split,
+    }
     try:
         return json.loads(_json(about))
     except (TypeError, AttributeError) as e:
-        raise StoreError(f"clip {clip.name!r}: tags and split must hold plain numbers, texts and lists; got {clip.tags}, {clip.split}") from e
+        raise StoreError(
+            f"clip {clip.name!r}: tags and split must hold plain numbers, texts and lists; got {clip.tags}, {clip.split}"
+        ) from e
 
 
 def make_shard(
@@ -124,9 +145,16 @@ def make_shard(
             skipped.append(item.name)
             continue
         if item.skeleton is None:
-            raise StoreError(f"clip {item.name!r} has no skeleton, and none with {item.joints.shape[2]} joints is known: give it one, Clip(..., skeleton=…)")
+            raise StoreError(
+                f"clip {item.name!r} has no skeleton, and none with {item.joints.shape[2]} joints is known: "
+                "give it one, Clip(..., skeleton=…)"
+            )
         if body is None or item.skeleton != skeleton or item.joints.shape[3] != body["coordinates"]:
-            mine = {"skeleton": asdict(item.skeleton), "coordinates": item.joints.shape[3], "example": item.name}
+            mine = {
+                "skeleton": asdict(item.skeleton),
+                "coordinates": item.joints.shape[3],
+                "example": item.name,
+            }
             skeleton, body = item.skeleton, body or mine
             _same_body(body, mine)
         about.append(_described(item))
@@ -135,10 +163,16 @@ def make_shard(
     arrays = {}
     if packs:
         tracks, joints, visible = zip(*packs)
-        arrays = {"joints": np.concatenate(joints), "visible": np.concatenate(visible), "tracks": np.concatenate(tracks).astype(np.int32)}
+        arrays = {
+            "joints": np.concatenate(joints),
+            "visible": np.concatenate(visible),
+            "tracks": np.concatenate(tracks).astype(np.int32),
+        }
         arrays["clips"] = np.array([frames, [len(t) for t in tracks]], np.int32).T
     meta = {"clips": about, "refused": refused, "skipped": skipped, "body": json.loads(_json(body))}
-    meta["exact"] = {k: exact_encodings(arrays[k]) if packs else list(range(len(ENCODINGS))) for k in ("joints", "visible")}
+    meta["exact"] = {
+        k: exact_encodings(arrays[k]) if packs else list(range(len(ENCODINGS))) for k in ("joints", "visible")
+    }
     return {"meta": meta, **arrays}
 
 
@@ -147,7 +181,8 @@ def _same_body(a, b):
         if a[what] != b[what]:
             named = [x["skeleton"]["name"] if what == "skeleton" else x[what] for x in (a, b)]
             raise StoreError(
-                f"clips {a['example']!r} and {b['example']!r} differ in {what} ({named[0]} and {named[1]}): a store holds one kind of body; build one store for each"
+                f"clips {a['example']!r} and {b['example']!r} differ in {what} ({named[0]} and {named[1]}): "
+                "a store holds one kind of body; build one store for each"
             )
 
 # %% ../nbs/04_dataset.ipynb #25ce3ddf
@@ -175,19 +210,25 @@ def load_shard(
                 shard[key] = np.load(f, allow_pickle=False)
     return shard
 
-# %% ../nbs/04_dataset.ipynb #f557fb98
+# %% ../nbs/04_dataset.ipynb #fa55b28b
 class SetChecks:
     "What must hold between clips of different shards; `add` raises StoreError naming the clips that break it."
 
     def __init__(self, classes=None):
         self.given, self.body, self.names, self.classes, self.exact = classes, None, set(), {}, None
-        if classes is not None and (isinstance(classes, str) or len(set(classes)) != len(classes) or not len(classes)):
-            raise StoreError("classes must be a list of different names, one a label, in the order of the labels")
+        if classes is not None and (
+            isinstance(classes, str) or len(set(classes)) != len(classes) or not len(classes)
+        ):
+            raise StoreError(
+                "classes must be a list of different names, one a label, in the order of the labels"
+            )
 
     def add(self, meta):
         for about in meta["clips"]:
             if about["name"] in self.names:
-                raise StoreError(f"two clips are called {about['name']!r}; names must be unique: rename one, or leave out the copy")
+                raise StoreError(
+                    f"two clips are called {about['name']!r}; names must be unique: rename one, or leave out the copy"
+                )
             self.names.add(about["name"])
             self._class(about["name"], about["label"], about["class_name"])
         if meta["body"]:
@@ -199,16 +240,27 @@ class SetChecks:
 
     def _class(self, clip, label, name):
         if label is None:
-            raise StoreError(f"clip {clip!r} has no label; set Clip.label to 0, 1, … (to classify clips without labels, no store is needed)")
+            raise StoreError(
+                f"clip {clip!r} has no label; set Clip.label to 0, 1, … "
+                "(to classify clips without labels, no store is needed)"
+            )
         if self.given is not None:
             if not 0 <= label < len(self.given):
-                raise StoreError(f"clip {clip!r} has label {label}, but classes has {len(self.given)} names, for labels 0 to {len(self.given) - 1}")
+                raise StoreError(
+                    f"clip {clip!r} has label {label}, but classes has {len(self.given)} names, "
+                    f"for labels 0 to {len(self.given) - 1}"
+                )
             if name in self.given and self.given[label] != name:
-                raise StoreError(f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {self.given[label]!r}: give classes in the order of labels")
+                raise StoreError(
+                    f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {self.given[label]!r}: "
+                    "give classes in the order of labels"
+                )
             return
         known, by = self.classes.setdefault(label, (name, clip))
         if known != name:
-            raise StoreError(f"label {label} is called {known!r} in clip {by!r} and {name!r} in clip {clip!r}")
+            raise StoreError(
+                f"label {label} is called {known!r} in clip {by!r} and {name!r} in clip {clip!r}"
+            )
 
     def class_table(self):
         "[{label, name}], a row a network output."
@@ -218,10 +270,11 @@ class SetChecks:
         names = [row["name"] for row in table]
         twice = [n for n in names if names.count(n) > 1]
         if twice:
-            raise StoreError(f"class name {twice[0]!r} belongs to labels {[row['label'] for row in table if row['name'] == twice[0]]}: names must differ")
+            labels = [row["label"] for row in table if row["name"] == twice[0]]
+            raise StoreError(f"class name {twice[0]!r} belongs to labels {labels}: names must differ")
         return table
 
-# %% ../nbs/04_dataset.ipynb #29a18580
+# %% ../nbs/04_dataset.ipynb #e5d308d5
 FORMAT, VERSION = "stf-clips", 1
 
 
@@ -231,7 +284,14 @@ class _ArrayFile:
     def __init__(self, path, dtype, shape):
         self.path, self.dtype, self.hash = path, np.dtype(dtype).newbyteorder("<"), hashlib.sha256()
         self.file = open(path, "wb")
-        np.lib.format.write_array_header_1_0(self, {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": tuple(int(n) for n in shape)})
+        np.lib.format.write_array_header_1_0(
+            self,
+            {
+                "descr": np.lib.format.dtype_to_descr(self.dtype),
+                "fortran_order": False,
+                "shape": tuple(int(n) for n in shape),
+            },
+        )
 
     def write(self, data):
         self.hash.update(data)
@@ -257,7 +317,7 @@ def _text_file(path, data):
 def _checksum(header):
     return hashlib.sha256(_json({k: v for k, v in header.items() if k != "checksum"})).hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #c11a5d97
+# %% ../nbs/04_dataset.ipynb #cb2c79b7
 def join_shards(
     paths,  # shard files in order
     checks: SetChecks,  # that has seen them all
@@ -266,14 +326,23 @@ def join_shards(
     "The files of a store from its shards."
     folder, metas = Path(folder), [load_shard(p, arrays=False)["meta"] for p in paths]
     about = [a for m in metas for a in m["clips"]]
-    tables = {k: np.concatenate([load_shard(p)[k] for p, m in zip(paths, metas) if m["clips"]]) for k in ("clips", "tracks")}
+    tables = {
+        k: np.concatenate([load_shard(p)[k] for p, m in zip(paths, metas) if m["clips"]])
+        for k in ("clips", "tracks")
+    }
     tables["clips"] = np.column_stack([tables["clips"], [a["label"] for a in about]]).astype(np.int32)
-    V, C, R = len(checks.body["skeleton"]["joints"]), checks.body["coordinates"], int(tables["tracks"][:, 1].sum(dtype=np.int64))
+    V, C, R = (
+        len(checks.body["skeleton"]["joints"]),
+        checks.body["coordinates"],
+        int(tables["tracks"][:, 1].sum(dtype=np.int64)),
+    )
     code = {k: ENCODINGS[min(checks.exact[k])] for k in ("joints", "visible")}
     files = {k + ".npy": _ArrayFile(folder / f"{k}.npy", np.int32, t.shape) for k, t in tables.items()}
     for k, t in tables.items():
         files[k + ".npy"].append(t)
-    rows = {k: _ArrayFile(folder / f"{k}.npy", code[k][0], (R, V, C)[: 3 if k == "joints" else 2]) for k in code}
+    rows = {
+        k: _ArrayFile(folder / f"{k}.npy", code[k][0], (R, V, C)[: 3 if k == "joints" else 2]) for k in code
+    }
     for path, meta in zip(paths, metas):
         shard = load_shard(path) if meta["clips"] else {}
         for k in rows:
@@ -282,7 +351,10 @@ def join_shards(
     files.update({k + ".npy": f for k, f in rows.items()})
     files = {name: f.close() for name, f in files.items()}
     files["names.json"] = _text_file(folder / "names.json", _json([a["name"] for a in about], indent=0))
-    files["tags.jsonl"] = _text_file(folder / "tags.jsonl", b"".join(_json({k: a[k] for k in ("tags", "split", "class_name")}) for a in about))
+    files["tags.jsonl"] = _text_file(
+        folder / "tags.jsonl",
+        b"".join(_json({k: a[k] for k in ("tags", "split", "class_name")}) for a in about),
+    )
     left_out = {k: [x for m in metas for x in m[k]] for k in ("refused", "skipped")}
     files["left_out.json"] = _text_file(folder / "left_out.json", _json(left_out, indent=1))
     header = {
@@ -295,13 +367,20 @@ def join_shards(
     _text_file(folder / "header.json", _json(header, indent=1))
     return header
 
-# %% ../nbs/04_dataset.ipynb #5a0388fa
+# %% ../nbs/04_dataset.ipynb #3de45862
 NTU_TRAINING_SUBJECTS = frozenset(
     (1, 2, 4, 5, 8, 9, 13, 14, 15, 16, 17, 18, 19, 25, 27, 28, 31, 34, 35, 38, 45, 46, 47, 49, 50, 52, 53, 54, 55, 56,
      57, 58, 59, 70, 74, 78, 80, 81, 82, 83, 84, 85, 86, 89, 91, 92, 93, 94, 95, 97, 98, 100, 103)
 )  # fmt: skip
 PROTOCOLS = {"xsub": "x-sub", "xview": "x-view", "xset": "x-set"}
-_ALIASES = {"crosssubject": "xsub", "crossview": "xview", "crosssetup": "xset", "xsetup": "xset", "cs": "xsub", "cv": "xview"}
+_ALIASES = {
+    "crosssubject": "xsub",
+    "crossview": "xview",
+    "crosssetup": "xset",
+    "xsetup": "xset",
+    "cs": "xsub",
+    "cv": "xview",
+}
 _UCLA_NAME = re.compile(r"a(\d{2})_s(\d{2})_e(\d{2})_v(\d{2})")
 
 
@@ -313,7 +392,7 @@ def protocol_name(protocol: str) -> str:
 
 
 def name_tags(name: str) -> dict:
-    "What an NTU or Northwestern-UCLA name tells: setup, camera, subject, replication, action; or action, subject, take, view. Empty for others."
+    "What an NTU name tells (setup, camera, …), or a Northwestern-UCLA name (action, subject, take, view), or {}."
     try:
         return dict(parse_ntu_name(name))
     except ValueError:
@@ -333,13 +412,17 @@ def protocol_side(
         return "test" if tags["setup"] % 2 else "train"
     if protocol == "xview" and "setup" in tags and "camera" in tags:
         return "test" if tags["camera"] == 1 else "train"
-    if protocol == "xview" and "setup" not in tags and ("view" in tags or "take" in tags and "camera" in tags):
+    if (
+        protocol == "xview"
+        and "setup" not in tags
+        and ("view" in tags or "take" in tags and "camera" in tags)
+    ):
         return "test" if tags.get("view", tags.get("camera")) == 3 else "train"
     return None
 
-# %% ../nbs/04_dataset.ipynb #ed9be17f
+# %% ../nbs/04_dataset.ipynb #05321b56
 class ClipStore:
-    "Clips in a folder: one copy in true length for all protocols and streams, read by memory mapping. Raises StoreError if it is damaged."
+    "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
     def __init__(
         self,
@@ -348,7 +431,10 @@ class ClipStore:
         self.folder = Path(folder)
         self.header = read_header(self.folder)
         check_files(self.folder, self.header)
-        array = {k: np.load(self.folder / f"{k}.npy", mmap_mode=None if k in ("clips", "tracks") else "r") for k in ("clips", "tracks", "joints", "visible")}
+        array = {
+            k: np.load(self.folder / f"{k}.npy", mmap_mode=None if k in ("clips", "tracks") else "r")
+            for k in ("clips", "tracks", "joints", "visible")
+        }
         frames, bodies, label = array["clips"].astype(np.int64).T
         skeleton = Skeleton(**{f.name: self.header["skeleton"].get(f.name) for f in fields(Skeleton)})
         self.class_labels = np.array([c["label"] for c in self.header["classes"]], dtype=np.int64)
@@ -389,7 +475,8 @@ class ClipStore:
 
     def __repr__(self):
         h = self.header
-        return f"ClipStore({str(self.folder)!r}: {len(self)} clips, {len(self.classes)} classes, {self.skeleton.name}, {h['rows']} rows, {self.nbytes / 1e6:.1f} MB)"
+        what = f"{len(self)} clips, {len(self.classes)} classes, {self.skeleton.name}, {h['rows']} rows"
+        return f"ClipStore({str(self.folder)!r}: {what}, {self.nbytes / 1e6:.1f} MB)"
 
     def __reduce__(self):
         return type(self), (self.folder,)
@@ -405,7 +492,14 @@ class ClipStore:
         i = range(len(self))[i]
         joints, visible = unpack_clip(self.packed, i)
         about = self.about(i)
-        return Clip(joints, visible, self.names[i], int(self.class_labels[self.labels[i]]), skeleton=self.skeleton, **about)
+        return Clip(
+            joints,
+            visible,
+            self.names[i],
+            int(self.class_labels[self.labels[i]]),
+            skeleton=self.skeleton,
+            **about,
+        )
 
     @property
     def refused(self):
@@ -422,7 +516,7 @@ class ClipStore:
         return json.loads((self.folder / "left_out.json").read_bytes())
 
     def to(self, device):
-        "Keep all rows on a device, so that batches are made there from the start; `to(None)` lets go of them. Returns the store."
+        "Keep all rows on a device, where batches are then made; `to(None)` lets go of them. Returns the store."
         self._on_device = None if device is None else self.packed.to(device)
         return self
 
@@ -438,7 +532,9 @@ class ClipStore:
     ) -> Batch:
         "x (N,C,T,V,M) and y (N,), as `make_batch` makes them."
         packed = self._on_device
-        if packed is None or (device is not None and torch.empty(0, device=device).device != packed.joints.device):
+        if packed is None or (
+            device is not None and torch.empty(0, device=device).device != packed.joints.device
+        ):
             packed = self.packed
         return make_batch(packed, indices, stream, preprocess, length, num_bodies, device, dtype)
 
@@ -446,7 +542,7 @@ class ClipStore:
         self,
         protocol: str,  # x-sub, x-view, x-set, or a name of a stored split
     ):  # (train, test) int64 clip numbers
-        "Clip numbers of both sides: stored splits first, then the benchmark's rule on tags and names. StoreError for a protocol that doesn't apply."
+        "Clip numbers of both sides: stored splits first, then the benchmark's rule. StoreError if it doesn't apply."
         sides = split_sides(self, protocol)
         return tuple(np.flatnonzero(sides == side) for side in ("train", "test"))
 
@@ -454,7 +550,9 @@ class ClipStore:
         "Hash every file and compare with the header; StoreError names the first that differs."
         for name, known in self.header["files"].items():
             if _file_hash(self.folder / name) != known["sha256"]:
-                raise StoreError(f"{self.folder}: {name}: its content has changed since the store was built; build the store again")
+                raise StoreError(
+                    f"{self.folder}: {name}: its content has changed since the store was built; build the store again"
+                )
 
     @classmethod
     def build(
@@ -468,16 +566,17 @@ class ClipStore:
         overwrite: bool = False,  # replace a store that is already there
         workers: int = 0,  # processes that parse files, for what open_clips gives; 0: this process does
     ):
-        """Build a store in bounded memory. Nothing has the folder's name until all is done; the bytes don't depend on workers or interruptions.
+        """Build a store in bounded memory; nothing has the folder's name until all is done.
 
-        Files that can't be read are listed in `store.refused`. A build of `open_clips(…)` that was killed goes on where it was, and one that
-        was finished from the very same files is opened as it is. With workers, a script needs the usual `if __name__ == "__main__":`.
-        StoreError names the clips that don't fit together.
+        Files that can't be read are listed in `store.refused`. A build of `open_clips(…)` that was killed goes on where
+        it was, and one that was finished from the very same files is opened as it is; the bytes don't depend on workers
+        or interruptions. With workers, a script needs the usual `if __name__ == "__main__":`. StoreError names the
+        clips that don't fit together.
         """
         build_store(clips, folder, classes, skip, strict, progress, overwrite, workers)
         return cls(folder)
 
-# %% ../nbs/04_dataset.ipynb #8be85562
+# %% ../nbs/04_dataset.ipynb #6985788b
 REBUILD = "the store is damaged: copy it again, or build it again"
 
 
@@ -487,17 +586,28 @@ def read_header(
     "The header of a store. Raises StoreError with the reason if there is none that can be used."
     path = Path(folder) / "header.json"
     if not path.exists():
-        hint = f"; an unfinished build lies in {_partial(folder)}: start it again" if _partial(folder).exists() else ""
-        raise StoreError(f"{folder}: no store here (header.json is missing); make one with ClipStore.build{hint}")
+        hint = (
+            f"; an unfinished build lies in {_partial(folder)}: start it again"
+            if _partial(folder).exists()
+            else ""
+        )
+        raise StoreError(
+            f"{folder}: no store here (header.json is missing); make one with ClipStore.build{hint}"
+        )
     try:
         header = json.loads(path.read_bytes())
         known, version = header["format"] == FORMAT, header["version"]
     except (ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path}: not the header of a store ({e!r}); {REBUILD}") from e
     if not known or version != VERSION:
-        raise StoreError(f"{path}: format {header['format']!r} version {version!r}; this program reads {FORMAT!r} version {VERSION}: build the store again")
+        raise StoreError(
+            f"{path}: format {header['format']!r} version {version!r}; "
+            f"this program reads {FORMAT!r} version {VERSION}: build the store again"
+        )
     if header.get("checksum") != _checksum(header):
-        raise StoreError(f"{path}: the header was changed after it was written (its checksum differs); {REBUILD}")
+        raise StoreError(
+            f"{path}: the header was changed after it was written (its checksum differs); {REBUILD}"
+        )
     return header
 
 
@@ -544,7 +654,7 @@ def _items(clips):
             raise item
         yield item
 
-# %% ../nbs/04_dataset.ipynb #4cb004e4
+# %% ../nbs/04_dataset.ipynb #c4b1f977
 def _is_files(clips):
     return hasattr(clips, "read") and hasattr(clips, "parse") and hasattr(clips, "names")
 
@@ -558,7 +668,7 @@ def _stamp(path):
 
 
 def _plan(clips, skip, *options):
-    "A hash of what is to be built, the files' times and sizes included; None where that can't be told before it is read."
+    "A hash of what is to be built, with the files' times and sizes; None where that can't be told beforehand."
     if not _is_files(clips):
         return None
     stamps = sorted({_stamp(clips.where(i)) for i in range(len(clips))})
@@ -578,7 +688,7 @@ def _parse_shard(clips, raws, skip, path):
     save_shard(make_shard(items, skip), path)
     return path
 
-# %% ../nbs/04_dataset.ipynb #0ba8a62e
+# %% ../nbs/04_dataset.ipynb #21719b96
 _job = None  # of a worker process: what it parses, and what it leaves out
 
 
@@ -586,7 +696,9 @@ def _start_worker(clips, skip):
     global _job
     _job = clips, skip
     parent = multiprocessing.parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()  # never outlive a killed parent
+    threading.Thread(
+        target=lambda: (parent.join(), os._exit(1)), daemon=True
+    ).start()  # never outlive a killed parent
 
 
 def _work(raws, path):
@@ -594,7 +706,7 @@ def _work(raws, path):
 
 
 def _shards_in_pool(clips, todo, skip, workers):
-    "Paths of shards in order; finished ones are taken as they are. At most two shards more than workers are in memory."
+    "Paths of shards in order; finished ones as they are. At most two shards more than workers are in memory."
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(clips, skip))
     waiting = deque()
@@ -606,7 +718,10 @@ def _shards_in_pool(clips, todo, skip, workers):
                 yield finish(waiting.popleft())
         yield from map(finish, waiting)
     except BrokenProcessPool as e:
-        raise StoreBusy("a worker process was killed (often for want of memory); build again with fewer workers: what is finished is kept") from e
+        raise StoreBusy(
+            "a worker process was killed (often for want of memory); "
+            "build again with fewer workers: what is finished is kept"
+        ) from e
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -630,7 +745,7 @@ def _shards_of_items(clips, partial, skip):
         save_shard(make_shard(run, skip), path)
         yield path
 
-# %% ../nbs/04_dataset.ipynb #e78a90c7
+# %% ../nbs/04_dataset.ipynb #6d44148e
 @contextmanager
 def _locked(partial):
     "Hold a build folder for this process; the system lets go of it when the process ends, however it ends."
@@ -640,7 +755,9 @@ def _locked(partial):
             try:
                 fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as e:
-                raise StoreBusy(f"{partial}: another build of this store is running; wait for it, or stop it") from e
+                raise StoreBusy(
+                    f"{partial}: another build of this store is running; wait for it, or stop it"
+                ) from e
         yield
 
 
@@ -658,16 +775,27 @@ def _begin(partial, plan):
 def _is_built(folder, plan):
     "Whether the folder holds a whole store that was built by this very plan."
     stored = folder / "built_from"
-    return plan is not None and (folder / "header.json").exists() and stored.exists() and stored.read_text() == plan
+    return (
+        plan is not None
+        and (folder / "header.json").exists()
+        and stored.exists()
+        and stored.read_text() == plan
+    )
 
 
 def _refuse_existing(folder, overwrite):
     if folder.exists() and not (overwrite and (folder / "header.json").exists()):
-        cure = "give overwrite=True to replace it" if (folder / "header.json").exists() else "it is no store, so nothing was touched"
+        cure = (
+            "give overwrite=True to replace it"
+            if (folder / "header.json").exists()
+            else "it is no store, so nothing was touched"
+        )
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/04_dataset.ipynb #7efb81b1
-def build_store(clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False, workers=0):
+# %% ../nbs/04_dataset.ipynb #be905841
+def build_store(
+    clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False, workers=0
+):
     "The work of ClipStore.build."
     folder, checks = Path(folder), SetChecks(classes)
     partial, skip = _partial(folder), ntu_missing_skeletons() if skip is None else frozenset(skip)
@@ -690,7 +818,9 @@ def build_store(clips, folder, classes=None, skip=None, strict=False, progress=T
         raise
     except OSError as e:
         at = f" at {e.filename}" if e.filename else ""
-        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror}; make room or choose another place, then build again") from e
+        raise StoreError(
+            f"{folder}: the build stopped{at}: {e.strerror}; make room or choose another place, then build again"
+        ) from e
     finally:
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
@@ -698,7 +828,11 @@ def build_store(clips, folder, classes=None, skip=None, strict=False, progress=T
 
 def _build(clips, folder, partial, checks, skip, strict, progress, workers):
     if not ((partial / "joined").exists() and (partial / "store").exists()):
-        shards = _shards_of_files(clips, partial, skip, workers) if _is_files(clips) else _shards_of_items(clips, partial, skip)
+        shards = (
+            _shards_of_files(clips, partial, skip, workers)
+            if _is_files(clips)
+            else _shards_of_items(clips, partial, skip)
+        )
         paths, total = [], len(clips) if hasattr(clips, "__len__") else None
         with tqdm(desc="clips", total=total, unit="clip", disable=not progress) as bar:
             for path in shards:
@@ -735,7 +869,7 @@ def _put_in_place(new, folder):
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/04_dataset.ipynb #b5989ca3
+# %% ../nbs/04_dataset.ipynb #6f4ff5a9
 def split_sides(store, protocol):
     "(N,) array of 'train', 'test' or '' for each clip."
     protocol = protocol_name(protocol)
@@ -750,17 +884,26 @@ def split_sides(store, protocol):
             sides[i] = protocol_side({**name_tags(name), **about["tags"]}, protocol) or ""
     if not (sides != "").any():
         tags = {**name_tags(store.names[0]), **store.about(0)["tags"]}
-        known = sorted(stored) + [v for k, v in PROTOCOLS.items() if k not in stored and protocol_side(tags, k)]
+        known = sorted(stored) + [
+            v for k, v in PROTOCOLS.items() if k not in stored and protocol_side(tags, k)
+        ]
         raise StoreError(
             f"{store.folder}: protocol {protocol!r} doesn't apply to these clips; "
-            + (f"this store knows {', '.join(known)}" if known else "put your own in Clip.split, for example {'mine': 'train'}")
+            + (
+                f"this store knows {', '.join(known)}"
+                if known
+                else "put your own in Clip.split, for example {'mine': 'train'}"
+            )
         )
     missing = np.flatnonzero(sides == "")
     if len(missing) and protocol not in stored:
-        raise StoreError(f"{store.folder}: protocol {protocol!r} says nothing about clip {store.names[missing[0]]!r} and {len(missing) - 1} others")
+        raise StoreError(
+            f"{store.folder}: protocol {protocol!r} says nothing about clip {store.names[missing[0]]!r} "
+            f"and {len(missing) - 1} others"
+        )
     return sides
 
-# %% ../nbs/04_dataset.ipynb #bf3ded83
+# %% ../nbs/04_dataset.ipynb #0134f087
 def _shuffled(items, seed):
     "In an order that depends on the seed only (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
@@ -773,7 +916,7 @@ def validation_split(
     part: float = 0.1,  # at least this part of the clips is held out
     seed: int = 0,
 ):  # (train, validation) int64 clip numbers
-    "Hold out whole groups of the training clips until `part` of them is reached. StoreError if there are not two groups."
+    "Hold out whole groups of training clips until `part` of them is reached. StoreError for fewer than two groups."
     train = np.asarray(train, dtype=np.int64)
     if not 0 < part < 1:
         raise ValueError(f"part must lie between 0 and 1, got {part!r}")
@@ -781,10 +924,14 @@ def validation_split(
     for i in train.tolist():
         tags = {"clip": i, **name_tags(store.names[i]), **store.about(i)["tags"]}
         if by not in tags:
-            raise StoreError(f"clip {store.names[i]!r} has no tag {by!r}; its tags are {', '.join(sorted(tags))}")
+            raise StoreError(
+                f"clip {store.names[i]!r} has no tag {by!r}; its tags are {', '.join(sorted(tags))}"
+            )
         groups.setdefault(json.dumps(tags[by]), []).append(i)
     if len(groups) < 2:
-        raise StoreError(f"all {len(train)} clips have the same {by!r}: nothing to hold out by it; try by='clip'")
+        raise StoreError(
+            f"all {len(train)} clips have the same {by!r}: nothing to hold out by it; try by='clip'"
+        )
     held = []
     for group in _shuffled(sorted(groups), seed)[:-1]:  # one group always stays
         held += groups[group]
@@ -805,5 +952,7 @@ def fraction(
     if not 0 < p <= 1:
         raise ValueError(f"p is a part of the clips, 0 < p ≤ 1 (10 % is 0.1); got {p!r}")
     order = np.array(_shuffled(train, seed))
-    groups = [order[store.labels[order] == k] for k in np.unique(store.labels[order])] if stratified else [order]
+    groups = (
+        [order[store.labels[order] == k] for k in np.unique(store.labels[order])] if stratified else [order]
+    )
     return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))

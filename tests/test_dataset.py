@@ -23,13 +23,29 @@ from stf.skeleton import SKELETONS, Skeleton
 
 REAL = Path(os.environ.get("STF_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "real-data"))
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"real recordings are not at {REAL}")
-BODY = Skeleton("body", ("hip", "chest", "head", "left hand", "right hand"), ((1, 0), (2, 1), (3, 1), (4, 1)), 0, (2, 1, 0), (0, 1), (4, 3))
-FLAT = Skeleton("flat", ("hip", "chest", "head", "left hand", "right hand"), ((1, 0), (2, 1), (3, 1), (4, 1)), 0, (2, 1, 0))
+BODY = Skeleton(
+    "body",
+    ("hip", "chest", "head", "left hand", "right hand"),
+    ((1, 0), (2, 1), (3, 1), (4, 1)),
+    0,
+    (2, 1, 0),
+    (0, 1),
+    (4, 3),
+)
+FLAT = Skeleton(
+    "flat",
+    ("hip", "chest", "head", "left hand", "right hand"),
+    ((1, 0), (2, 1), (3, 1), (4, 1)),
+    0,
+    (2, 1, 0),
+)
 
 
 def clip(name="a", label=0, M=1, T=5, seed=0, skeleton=BODY, C=3, **more):
     rng = np.random.default_rng(seed)
-    return Clip(rng.normal(size=(M, T, skeleton.num_joints, C)), name=name, label=label, skeleton=skeleton, **more)
+    return Clip(
+        rng.normal(size=(M, T, skeleton.num_joints, C)), name=name, label=label, skeleton=skeleton, **more
+    )
 
 
 def some(n, **more):
@@ -57,7 +73,14 @@ def random_clip(draw, C=3, max_frames=12):
     joints[visible == 0] = 0
     if not joints.any():
         joints[0, 0], visible[0, 0] = 1.5, 1
-    return Clip(joints, visible, "random", 0, skeleton=BODY if C == 3 else FLAT, tags={"listed": rng.permutation(M).tolist()})
+    return Clip(
+        joints,
+        visible,
+        "random",
+        0,
+        skeleton=BODY if C == 3 else FLAT,
+        tags={"listed": rng.permutation(M).tolist()},
+    )
 
 
 def naive_bodies(c, num_bodies):
@@ -66,7 +89,9 @@ def naive_bodies(c, num_bodies):
     out = [np.zeros((num_bodies, T) + X.shape[2:]), np.zeros((num_bodies, T) + W.shape[2:])]
     if X.shape[-1] == 2:
         for t in range(T):
-            for to, m in enumerate(sorted(range(M), key=lambda m: (-sum(c.visible[m, t].tolist()), m))[:num_bodies]):
+            for to, m in enumerate(
+                sorted(range(M), key=lambda m: (-sum(c.visible[m, t].tolist()), m))[:num_bodies]
+            ):
                 out[0][to, t], out[1][to, t] = X[m, t], W[m, t]
         return out
     places = []  # of each place: list of (track, first, end)
@@ -81,7 +106,9 @@ def naive_bodies(c, num_bodies):
             place.append((m, seen[0], seen[-1] + 1))
 
     def spread(place):
-        xs = np.concatenate([X[m, t][None] for m, a, b in place for t in range(a, b) if X[m, t].any() or W[m, t].any()])
+        xs = np.concatenate(
+            [X[m, t][None] for m, a, b in place for t in range(a, b) if X[m, t].any() or W[m, t].any()]
+        )
         return sum(xs[..., c].std() for c in range(3))
 
     for to, place in enumerate(sorted(places, key=spread, reverse=True)[:num_bodies]):
@@ -107,7 +134,9 @@ def naive_paper(c, stream, length, num_bodies):
             if W[0, t, a] > 0 and W[0, t, b] > 0:
                 lengths[a, b, t] = np.linalg.norm(X[0, t, a] - X[0, t, b])
     pairs = list(zip(s.height, s.height[1:]))
-    whole = [sum(lengths[p + (t,)] for p in pairs) for t in range(T) if all(p + (t,) in lengths for p in pairs)]
+    whole = [
+        sum(lengths[p + (t,)] for p in pairs) for t in range(T) if all(p + (t,) in lengths for p in pairs)
+    ]
     each = [[x for (a, b, _), x in lengths.items() if (a, b) == p] for p in pairs]
     height = np.median(whole) if whole else sum(np.median(e) for e in each if e)
     X = (X - centre[None, :, None]) / (height if height > 1e-6 else 1) * (W > 0)[..., None]
@@ -131,7 +160,11 @@ def naive_paper(c, stream, length, num_bodies):
 def test_paper_batches_equal_the_naive_reading(data):
     C = data.draw(st.sampled_from([3, 3, 2]))
     clips = data.draw(st.lists(random_clip(C), min_size=1, max_size=4))
-    stream, length, M = data.draw(st.sampled_from(STREAMS)), data.draw(st.integers(1, 20)), data.draw(st.integers(1, 3))
+    stream, length, M = (
+        data.draw(st.sampled_from(STREAMS)),
+        data.draw(st.integers(1, 20)),
+        data.draw(st.integers(1, 3)),
+    )
     x, _ = make_batch(clips, stream=stream, length=length, num_bodies=M)
     for got, c in zip(x.numpy(), clips):
         want = naive_paper(c, stream, length, M)
@@ -187,7 +220,9 @@ def test_golden_pairs_of_the_public_preprocessing():
 
     golden = np.load(REAL / "ntu-msg3d-npy/golden_pairs.npz")
     for stream in ("joint", "bone"):
-        clips = [read_ntu(REAL / f"ntu-raw/skeletons/{str(n)[:20]}.skeleton") for n in golden[stream + "_names"]]
+        clips = [
+            read_ntu(REAL / f"ntu-raw/skeletons/{str(n)[:20]}.skeleton") for n in golden[stream + "_names"]
+        ]
         x, _ = make_batch(clips, stream=stream, preprocess="msg3d")
         assert np.abs(x.numpy() - golden[stream]).max() < 1e-5
     pair = REAL / "kinetics-skeleton/pairs/bqfirst"
@@ -283,20 +318,30 @@ def label_lists():
         for member in tar:
             if member.isfile():
                 names, labels = pickle.loads(tar.extractfile(member).read())  # our own reference file
-                lists[tuple(Path(member.name).parts[-3:-1]) + (Path(member.name).name.split("_")[0],)] = [n[:20] for n in names], labels
+                lists[tuple(Path(member.name).parts[-3:-1]) + (Path(member.name).name.split("_")[0],)] = (
+                    [n[:20] for n in names],
+                    labels,
+                )
     return lists
 
 
 @needs_real
-@pytest.mark.parametrize("data, protocol", [("ntu", "xsub"), ("ntu", "xview"), ("ntu120", "xsub"), ("ntu120", "xset")])
+@pytest.mark.parametrize(
+    "data, protocol", [("ntu", "xsub"), ("ntu", "xview"), ("ntu120", "xsub"), ("ntu120", "xset")]
+)
 def test_standard_splits_name_for_name(label_lists, data, protocol, tmp_path):
-    (train, train_labels), (val, val_labels) = (label_lists[data, protocol, side] for side in ("train", "val"))
+    (train, train_labels), (val, val_labels) = (
+        label_lists[data, protocol, side] for side in ("train", "val")
+    )
     names = sorted(train + val)
     if protocol == "xview":  # once through a store, with the official list applied
         from stf.clips import ntu_missing_skeletons
 
         one = np.ones((1, 1, 25, 3), np.float32)
-        clips = (Clip(one, name=n, label=int(n[17:]) - 1) for n in sorted(names + [n for n in ntu_missing_skeletons() if n < "S018"]))
+        clips = (
+            Clip(one, name=n, label=int(n[17:]) - 1)
+            for n in sorted(names + [n for n in ntu_missing_skeletons() if n < "S018"])
+        )
         store = build(clips, tmp_path / "s")
         assert store.names == names and len(store.skipped) == 302
         sides = [[store.names[i] for i in side] for side in store.split(protocol)]
@@ -305,12 +350,18 @@ def test_standard_splits_name_for_name(label_lists, data, protocol, tmp_path):
     else:
         from stf.clips import parse_ntu_name
 
-        sides = [[n for n in names if protocol_side(parse_ntu_name(n), protocol) == side] for side in ("train", "test")]
+        sides = [
+            [n for n in names if protocol_side(parse_ntu_name(n), protocol) == side]
+            for side in ("train", "test")
+        ]
     assert sides == [sorted(train), sorted(val)]
 
 
 def test_stored_split_comes_first_and_unknown_ones_list_what_there_is(tmp_path):
-    clips = [clip(f"S001C001P00{i}R001A001", split={"xsub": "test" if i % 2 else "train", "own": "train"}) for i in range(1, 5)]
+    clips = [
+        clip(f"S001C001P00{i}R001A001", split={"xsub": "test" if i % 2 else "train", "own": "train"})
+        for i in range(1, 5)
+    ]
     store = build(clips, tmp_path / "s")
     assert [s.tolist() for s in store.split("Cross-Subject")] == [[1, 3], [0, 2]]
     assert [s.tolist() for s in store.split("own")] == [[0, 1, 2, 3], []]
@@ -328,7 +379,10 @@ def test_ucla_views():
 
 
 def test_validation_and_fraction(tmp_path):
-    store = build([clip(f"S001C001P{s:03d}R{r:03d}A001", r % 4) for s in range(1, 9) for r in range(1, 11)], tmp_path / "s")
+    store = build(
+        [clip(f"S001C001P{s:03d}R{r:03d}A001", r % 4) for s in range(1, 9) for r in range(1, 11)],
+        tmp_path / "s",
+    )
     train, _ = store.split("xsub")
     a, b = validation_split(store, train, seed=3)
     assert sorted([*a, *b]) == train.tolist() and len(b) == 10 and len({store.names[i][9:12] for i in b}) == 1
@@ -338,7 +392,10 @@ def test_validation_and_fraction(tmp_path):
         validation_split(store, train, by="camera")
     with pytest.raises(StoreError, match="no tag 'hat'"):
         validation_split(store, train, by="hat")
-    small, large = fraction(store, train, 0.1, 5, stratified=True), fraction(store, train, 0.5, 5, stratified=True)
+    small, large = (
+        fraction(store, train, 0.1, 5, stratified=True),
+        fraction(store, train, 0.5, 5, stratified=True),
+    )
     assert set(small) <= set(large) and set(store.labels[small]) == set(store.labels[train])
     assert len(fraction(store, train, 0.25)) == 13 and len(fraction(store, train, 1)) == len(train)
 
@@ -357,7 +414,13 @@ def test_store_gives_clips_back_and_is_the_same_bytes_twice(tmp_path):
     store.verify()
     for c, back in zip(clips, store):
         assert np.array_equal(c.joints, back.joints) and np.array_equal(c.visible, back.visible)
-        assert (c.name, c.label, c.tags, c.split, c.skeleton) == (back.name, back.label, back.tags, back.split, back.skeleton)
+        assert (c.name, c.label, c.tags, c.split, c.skeleton) == (
+            back.name,
+            back.label,
+            back.tags,
+            back.split,
+            back.skeleton,
+        )
     x = again.batch([5, 699, 5], "bone", length=9).x
     assert torch.equal(x, make_batch([clips[5], clips[699], clips[5]], stream="bone", length=9).x)
     assert torch.equal(x, again.to("cpu").batch([5, 699, 5], "bone", length=9).x)
@@ -366,14 +429,29 @@ def test_store_gives_clips_back_and_is_the_same_bytes_twice(tmp_path):
 
 def test_compact_types_are_exact(tmp_path):
     rng = np.random.default_rng(0)
-    thousandths = [Clip((rng.integers(0, 1001, (1, 4, 18, 2)) / 1000), rng.integers(0, 1001, (1, 4, 18)) / 1000, f"k{i}", 0) for i in range(300)]
-    halves = [Clip(rng.normal(size=(1, 4, 25, 3)).astype(np.float16), name=f"h{i}", label=0) for i in range(3)]
+    thousandths = [
+        Clip(
+            (rng.integers(0, 1001, (1, 4, 18, 2)) / 1000),
+            rng.integers(0, 1001, (1, 4, 18)) / 1000,
+            f"k{i}",
+            0,
+        )
+        for i in range(300)
+    ]
+    halves = [
+        Clip(rng.normal(size=(1, 4, 25, 3)).astype(np.float16), name=f"h{i}", label=0) for i in range(3)
+    ]
     for clips, types in ((thousandths, ["int16", "int16"]), (halves, ["float16", "uint8"])):
         store = build(clips, tmp_path / types[0])
         assert list(store.header["types"].values()) == types
-        assert all(np.array_equal(c.joints, b.joints) and np.array_equal(c.visible, b.visible) for c, b in zip(clips, store))
+        assert all(
+            np.array_equal(c.joints, b.joints) and np.array_equal(c.visible, b.visible)
+            for c, b in zip(clips, store)
+        )
         assert torch.equal(store.batch(range(3), length=5).x, make_batch(clips[:3], length=5).x)
-    last = Clip(np.full((1, 1, 18, 2), 1 / 3), name="third", label=0)  # one clip that is not exact decides for all
+    last = Clip(
+        np.full((1, 1, 18, 2), 1 / 3), name="third", label=0
+    )  # one clip that is not exact decides for all
     assert build(thousandths + [last], tmp_path / "mixed").header["types"]["joints"] == "float32"
 
 
@@ -428,7 +506,11 @@ class Reader:
 
 def test_bad_files_are_collected(tmp_path):
     store = build(Reader(10), tmp_path / "s")
-    assert len(store) == 7 and store.refused["path"].tolist() == ["file3.skeleton", "file6.skeleton", "file9.skeleton"]
+    assert len(store) == 7 and store.refused["path"].tolist() == [
+        "file3.skeleton",
+        "file6.skeleton",
+        "file9.skeleton",
+    ]
     with pytest.raises(ClipError, match="file3"):
         build(Reader(10), tmp_path / "t", strict=True)
 
@@ -436,7 +518,9 @@ def test_bad_files_are_collected(tmp_path):
         yield clip("a")
         raise ClipError("b", "line 1", "bad")
 
-    with pytest.raises(ClipError, match="b: line 1: bad"):  # a generator ends there: nothing may be lost in silence
+    with pytest.raises(
+        ClipError, match="b: line 1: bad"
+    ):  # a generator ends there: nothing may be lost in silence
         build(generator(), tmp_path / "t")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
     with pytest.raises(StoreError, match="1 could not be read.*line 1: bad"):
@@ -460,7 +544,9 @@ def test_damage_is_found(tmp_path):
     header = (tmp_path / "s" / "header.json").read_bytes()
     rng = np.random.default_rng(0)
     for i in rng.integers(0, len(header), 200):
-        (tmp_path / "s" / "header.json").write_bytes(header[:i] + bytes([header[i] ^ int(rng.integers(1, 256))]) + header[i + 1 :])
+        (tmp_path / "s" / "header.json").write_bytes(
+            header[:i] + bytes([header[i] ^ int(rng.integers(1, 256))]) + header[i + 1 :]
+        )
         try:
             assert ClipStore(tmp_path / "s").header == store.header  # a blank changed into another
         except StoreError:
@@ -505,7 +591,10 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_is_whole(tmp_path):
             ClipStore(target)
     build(slow_clips(), target)
     build(slow_clips(), tmp_path / "t")
-    assert files_of(target) == files_of(tmp_path / "t") and sorted(p.name for p in tmp_path.iterdir()) == ["s", "t"]
+    assert files_of(target) == files_of(tmp_path / "t") and sorted(p.name for p in tmp_path.iterdir()) == [
+        "s",
+        "t",
+    ]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to act as a full disk")
@@ -514,7 +603,12 @@ def test_full_disk_is_said(tmp_path, monkeypatch):
 
     real = open
     build(some(3), tmp_path / "other")
-    monkeypatch.setattr(dataset, "open", lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode else real(path, mode, *a), raising=False)
+    monkeypatch.setattr(
+        dataset,
+        "open",
+        lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode else real(path, mode, *a),
+        raising=False,
+    )
     with pytest.raises(StoreError, match="the build stopped.*No space left"):
         build(some(3), tmp_path / "s")
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
@@ -529,7 +623,10 @@ def write_ntu(folder, n, bad=()):
             lines += ["1", "72057594037931101 0 1 1 1 1 0 0.02 0.2 2", "25"]
             lines += [" ".join(f"{x:.6f}" for x in rng.normal(size=11)) + " 2" for _ in range(25)]
         text = "\n".join(lines[: 9 if i in bad else None]) + "\n"
-        (folder / f"S002C{i % 3 + 1:03d}P{i % 40 + 1:03d}R{i // 40 % 99 + 1:03d}A{i // 3960 * 3 + i % 3 + 1:03d}.skeleton").write_text(text)
+        (
+            folder
+            / f"S002C{i % 3 + 1:03d}P{i % 40 + 1:03d}R{i // 40 % 99 + 1:03d}A{i // 3960 * 3 + i % 3 + 1:03d}.skeleton"
+        ).write_text(text)
     return folder
 
 
@@ -547,7 +644,11 @@ if __name__ == "__main__":
 def test_files_are_built_the_same_in_any_number_of_processes(tmp_path):
     source = write_ntu(tmp_path / "raw", 200, bad=(5, 150))
     one = build(open_clips(source), tmp_path / "one")
-    assert len(one) == 198 and "line 9" in one.refused["place"][0] and one.refused["path"][1].startswith(str(source))
+    assert (
+        len(one) == 198
+        and "line 9" in one.refused["place"][0]
+        and one.refused["path"][1].startswith(str(source))
+    )
     build(open_clips(source), tmp_path / "two", workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
     with pytest.raises(ClipError, match="line 9"):
@@ -574,7 +675,9 @@ def test_a_killed_build_of_files_goes_on_where_it_was(tmp_path, monkeypatch):
     assert (tmp_path / "s.partial").exists() and not (tmp_path / "s").exists()
     with pytest.raises(StoreError, match="an unfinished build lies in"):
         ClipStore(tmp_path / "s")
-    monkeypatch.setattr(dataset, "save_shard", lambda shard, path: (saved.append(path.name), save(shard, path)))
+    monkeypatch.setattr(
+        dataset, "save_shard", lambda shard, path: (saved.append(path.name), save(shard, path))
+    )
     build(open_clips(source), tmp_path / "s")
     assert saved == [f"shard-{k:06d}" for k in range(4)]  # each was made once
     assert files_of(tmp_path / "s") == files_of(whole.folder) and not (tmp_path / "s.partial").exists()
@@ -598,7 +701,10 @@ def test_a_finished_build_of_the_same_files_is_opened(tmp_path):
     before = (tmp_path / "s" / "header.json").stat().st_mtime_ns
     (tmp_path / "s.partial").mkdir()  # as if killed before it could clear away
     assert len(build(open_clips(source), tmp_path / "s")) == 70
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["raw", "s"] and (tmp_path / "s" / "header.json").stat().st_mtime_ns == before
+    assert (
+        sorted(p.name for p in tmp_path.iterdir()) == ["raw", "s"]
+        and (tmp_path / "s" / "header.json").stat().st_mtime_ns == before
+    )
     for change in ({"classes": [str(i) for i in range(120)]}, {"skip": ["S002C001P001R001A001"]}):
         with pytest.raises(StoreError, match="already exists"):
             build(open_clips(source), tmp_path / "s", **change)
@@ -627,7 +733,9 @@ def test_killed_at_random_moments_until_it_is_done(tmp_path):
     whole = build(open_clips(source), tmp_path / "whole")
     once, kills = time.time() - begin, 0
     while True:
-        child = multiprocessing.get_context("fork").Process(target=build, args=(open_clips(source), tmp_path / "s"))
+        child = multiprocessing.get_context("fork").Process(
+            target=build, args=(open_clips(source), tmp_path / "s")
+        )
         child.start()
         child.join(None if kills == 20 else rng.uniform(0, 0.2) * once)
         if child.exitcode is not None:
