@@ -7,7 +7,7 @@ __all__ = ['UCLA_CLASSES', 'MAX_FRAMES', 'MAX_BODIES', 'MAX_CELLS', 'MAX_METRES'
            'parse_ntu_name', 'class_names', 'ntu_missing_skeletons', 'read_ntu', 'read_ucla', 'read_kinetics',
            'read_plain', 'save_clip', 'FileClips', 'ArrayClips', 'Clips', 'open_clips', 'ClipError']
 
-# %% ../nbs/02_clips.ipynb #36ef6eea
+# %% ../nbs/02_clips.ipynb #ec44b526
 import gzip
 import io
 import json
@@ -16,6 +16,7 @@ import re
 import zlib
 from dataclasses import dataclass, field
 from importlib.resources import files as package_files
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from .skeleton import SKELETONS, Skeleton
 
 _all_ = ["ClipError"]  # is part of this module, too
 
-# %% ../nbs/02_clips.ipynb #7aee32ba
+# %% ../nbs/02_clips.ipynb #795126c1
 def _skeleton_for(num_joints):
     "The known layout with this number of joints, or None."
     return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
@@ -79,9 +80,10 @@ class Clip:
         self.visible = _as_float32(self.visible, self.name, "visible")
         if self.visible.shape != self.joints.shape[:3]:
             raise ClipError(self.name, "visible", f"must be {self.joints.shape[:3]} like the joints, got {self.visible.shape}")
-        if not (self.visible.min() >= 0 and self.visible.max() <= 1):
+        low, high = self.visible.min(), self.visible.max()
+        if not (low >= 0 and high <= 1):
             raise ClipError(self.name, "visible", "must lie in 0..1")
-        if not self.visible.any() and not self.joints.any():
+        if high == 0 and not self.joints.any():
             raise ClipError(self.name, "", "no body in any frame")
 
     def _check_label(self):
@@ -227,75 +229,88 @@ def _ntu_rows_careful(data, path):
     rows = np.array(rows, np.float32).reshape(-1, 25, 4)
     return np.array(per_frame, np.int64), ids, rows[..., :3], rows[..., 3].astype(np.uint8)
 
-# %% ../nbs/02_clips.ipynb #a97c1b78
+# %% ../nbs/02_clips.ipynb #f793cf5f
 _U = np.uint64
 _ZEROS, _HIGH, _SIX = _U(0x3030303030303030), _U(0xF0F0F0F0F0F0F0F0), _U(0x0606060606060606)
 
 
+_PAIRS, _FOURS, _EIGHT = _U(1 + (10 << 8)), _U(1 + (100 << 16)), _U(1 + (10000 << 32))
+
+
 def _eight_digits(words):
-    "Words of 8 characters, each XORed with '0' -> (the leading digits, zeros after them, as a number; how many; no end within 8)."
-    scratch = words + _SIX
-    scratch |= words
-    scratch &= _HIGH  # bits left only in bytes that are no digit
-    lowest = ~scratch
-    lowest += _U(1)
-    lowest &= scratch
-    count = lowest.astype(np.float64).view(np.int64)  # a float's exponent tells which bit is set
+    "Words of 8 characters -> (the leading digits, with zeros after them, as a number; how many they are; which have no end within 8)."
+    words ^= _ZEROS
+    end = words + _SIX
+    end |= words
+    end &= _HIGH  # bits left only in bytes that are no digit
+    end &= np.subtract(_U(0), end)  # the lowest of them
+    count = end.astype(np.float64).view(np.int64)  # a float's exponent tells which bit it is
     count >>= 55
     count -= 128
-    endless = lowest == 0
-    lowest -= _U(1)
-    words = words & lowest
-    for base, shift, mask in ((10, 8, 0x00FF00FF00FF00FF), (100, 16, 0x0000FFFF0000FFFF), (10000, 32, 0xFFFFFFFF)):
-        np.right_shift(words, _U(shift), out=scratch)
-        words *= _U(base)
-        words += scratch
+    endless = np.flatnonzero(end == 0)
+    count[endless] = 8
+    end -= _U(1)
+    words &= end  # only the digits before it
+    for factor, shift, mask in ((_PAIRS, 8, 0x00FF00FF00FF00FF), (_FOURS, 16, 0x0000FFFF0000FFFF), (_EIGHT, 32, 0xFFFFFFFF)):
+        words *= factor  # a digit's tens and its neighbour's ones meet in one byte
+        words >>= _U(shift)
         words &= _U(mask)
     return words, count, endless
 
-# %% ../nbs/02_clips.ipynb #b47e9ad8
+# %% ../nbs/02_clips.ipynb #f6492ed4
 _TEN = 10.0 ** np.arange(23)
 _TEN_WHOLE = 10 ** np.arange(9, dtype=np.uint64)
-_SIGNED = np.array([1e8, -1e8])
 
 
-def _column(data, buf, words, start):
+def _words(data):
+    "The eight bytes that begin at each place, as one number."
+    return np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))
+
+
+def _column(data, buf, start):
     "Numbers that begin at start and end at one space -> (values, where the next begins), or None if one is no number."
     minus = buf[start] == 45
     at = start + minus
-    whole = buf[at]
-    whole -= np.uint8(48)
-    easy = whole <= 9
-    at += 1
-    easy &= buf[at] == 46
-    at += 1
-    digits, count, endless = _eight_digits(words[at] ^ _ZEROS)
-    count[endless] = 8
+    whole = buf[at] - np.uint8(48)
+    easy = whole <= 9  # one digit …
+    easy &= buf[1:][at] == 46  # … and a point
+    digits, count, endless = _eight_digits(_words(data)[2:][at])
+    count += 2
     at += count
     ended = buf[at] == 32
-    value, scale = digits.astype(np.float64), _SIGNED[minus.view(np.uint8)]
-    value += np.multiply(whole, 1e8)
-    longer = np.flatnonzero(endless & ~ended)
-    if len(longer):  # more than eight digits after the point
-        digits, more, endless = _eight_digits(words[at[longer]] ^ _ZEROS)
-        more[endless | (more > 6)] = 0
-        value[longer] = value[longer] * _TEN[more] + digits // _TEN_WHOLE[8 - more]
-        scale[longer] *= _TEN[more]
-        at[longer] += more
-        ended[longer] = buf[at[longer]] == 32
+    value = digits + np.multiply(whole, 1e8)
+    scale = np.where(minus, -1e8, 1e8)
+    endless = endless[~ended[endless]]
+    if len(endless):  # more than eight digits after the point
+        _more_digits(data, buf, endless, at, value, scale, ended)
     value /= scale
     easy &= ended
-    hard = np.flatnonzero(~easy)
-    for i, begin in zip(hard.tolist(), start[hard].tolist()):
-        if (number := _NUMBER.match(data, begin)) is None or number.end() > begin + 17:
-            return None
-        value[i], at[i] = float(number.group()), number.end()
-    if len(hard) and (buf[at[hard]] != 32).any():
+    if not easy.all() and not _hard_numbers(data, buf, np.flatnonzero(~easy), start, at, value):
         return None
     at += 1
     return value, at
 
-# %% ../nbs/02_clips.ipynb #275e8ea2
+# %% ../nbs/02_clips.ipynb #2564ddd4
+def _more_digits(data, buf, i, at, value, scale, ended):
+    "Go on with the numbers i, whose first eight digits after the point are read."
+    digits, more, _ = _eight_digits(_words(data)[at[i]])
+    more[more > 6] = 0  # more than a float can hold exactly: left to float()
+    value[i] = value[i] * _TEN[more] + digits // _TEN_WHOLE[8 - more]
+    scale[i] *= _TEN[more]
+    at[i] += more
+    ended[i] = buf[at[i]] == 32
+
+
+def _hard_numbers(data, buf, i, start, at, value):
+    "Read the numbers i one by one; whether all are numbers that end at a space."
+    for k, begin in zip(i.tolist(), start[i].tolist()):
+        number = _NUMBER.match(data, begin)
+        if number is None or number.end() > begin + 17:
+            return False
+        value[k], at[k] = float(number.group()), number.end()
+    return (buf[at[i]] == 32).all()
+
+# %% ../nbs/02_clips.ipynb #e7f0d425
 def _scan(data, buf):
     "(where lines end, number of blanks and line ends, whether all letters are the E of an exponent)"
     ends, blanks, letters = [], 0, 0
@@ -344,7 +359,7 @@ def _is_25(buf, at):
     "Whether the two characters at all these places are 2 and 5."
     return (buf[at] == 50).all() and (buf[at + 1] == 53).all()
 
-# %% ../nbs/02_clips.ipynb #eb5d317c
+# %% ../nbs/02_clips.ipynb #35a5f4a7
 def _ntu_values(data, buf, start, end, bodies, head):
     "IDs and numbers of a file whose lines have been found: the second half of `_ntu_rows_fast`."
     rows = (head[:, None] + np.arange(2, 27)).ravel()
@@ -357,27 +372,31 @@ def _ntu_values(data, buf, start, end, bodies, head):
     if at[-1] + 72 > len(data):  # a word must not reach beyond the end
         data += b" " * 72
         buf = np.frombuffer(data, np.uint8)
-    words = np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))
     xyz = np.empty((len(rows), 3), np.float32)
     for c in range(3):
-        if (column := _column(data, buf, words, at)) is None:
+        if (column := _column(data, buf, at)) is None:
             return None
         xyz[:, c], at = column
     if xyz.max() > MAX_METRES or xyz.min() < -MAX_METRES:
         return None
-    ids = [data[a : data.index(32, a)] for a in start[head].tolist()]
+    heads = start[head].tolist()
+    first = data[heads[0] : data.index(32, heads[0])]
+    alone = all(map(data.startswith, repeat(first + b" "), heads))
+    ids = [first] * len(heads) if alone else [data[a : data.index(32, a)] for a in heads]
     if not all(i.isdigit() and len(i) <= 20 for i in set(ids)):
         return None
     return bodies, ids, xyz.reshape(-1, 25, 3), state.reshape(-1, 25)
 
-# %% ../nbs/02_clips.ipynb #bc322a6b
+# %% ../nbs/02_clips.ipynb #2b1c49d4
 def _follow_bodies(per_frame, ids, path):
     "(place of each body row, its frame, IDs in order of first appearance); ClipError if one ID is twice in a frame."
-    frame = np.repeat(np.arange(len(per_frame)), per_frame)
     order = {body: place for place, body in enumerate(dict.fromkeys(ids))}
-    place = np.array([order[body] for body in ids], dtype=np.int64)
+    if len(order) == 1 and len(ids) == len(per_frame) and per_frame[0] == 1 == max(per_frame):
+        return np.zeros(len(ids), np.int64), np.arange(len(ids)), list(order)  # most clips: one body, always there
+    place = np.fromiter(map(order.__getitem__, ids), np.int64, len(ids))
     if len(order) > MAX_BODIES or len(order) * len(per_frame) > MAX_CELLS:
         raise ClipError(path, "", f"{len(order)} bodies in {len(per_frame)} frames: more than any recording has")
+    frame = np.repeat(np.arange(len(per_frame)), per_frame)
     taken = np.zeros((len(order), len(per_frame)), bool)
     taken[place, frame] = True
     if taken.sum() < len(ids):
@@ -386,7 +405,7 @@ def _follow_bodies(per_frame, ids, path):
         raise ClipError(path, f"frame {t + 1}", f"body {_show(body)} is there twice")
     return place, frame, list(order)
 
-# %% ../nbs/02_clips.ipynb #b0f27720
+# %% ../nbs/02_clips.ipynb #1120dc3b
 def _source(source, name, limit):
     "(bytes, path for messages, name of the clip) of a path, a binary file object, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -438,7 +457,7 @@ def read_ntu(
     """
     return _parse_ntu(*_source(source, name, 1 << 26))
 
-# %% ../nbs/02_clips.ipynb #05ab60ff
+# %% ../nbs/02_clips.ipynb #a26459ab
 def _load_json(data, path):
     "The content of JSON bytes; ClipError with the place for anything irregular."
 
@@ -484,7 +503,7 @@ def _expect(condition, path, place, reason):
     if not condition:
         raise ClipError(path, place, reason)
 
-# %% ../nbs/02_clips.ipynb #7f38d18a
+# %% ../nbs/02_clips.ipynb #133a2075
 _UCLA_NAME = re.compile(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)")
 
 
@@ -520,7 +539,7 @@ def read_ucla(
     """
     return _parse_ucla(*_source(source, name, 1 << 25))
 
-# %% ../nbs/02_clips.ipynb #6f0a6db5
+# %% ../nbs/02_clips.ipynb #184c318d
 MAX_IMAGE = 1e5  # 2D coordinates, in parts of the image or pixels
 MAX_PEOPLE = 5  # kept of a frame, by score
 
@@ -554,7 +573,7 @@ def _kinetics_people(content, path, V):
     pose = _numbers(pose, MAX_IMAGE, path, "pose").reshape(-1, V, 2)
     return np.array(frame), pose, _scores(_numbers(score, MAX_IMAGE, path, "score"), path, "score").reshape(-1, V), max(seen) + 1
 
-# %% ../nbs/02_clips.ipynb #60a68220
+# %% ../nbs/02_clips.ipynb #08238ab4
 def _rank_in_frame(frame, total):
     "Each person's rank by falling total within the frame, 0 for the best; equals keep their order."
     order = np.lexsort((np.arange(len(frame)), -total, frame))
@@ -563,7 +582,7 @@ def _rank_in_frame(frame, total):
     rank[order] = np.arange(len(frame)) - np.searchsorted(ordered, ordered)
     return rank
 
-# %% ../nbs/02_clips.ipynb #cd2311aa
+# %% ../nbs/02_clips.ipynb #cb76805e
 def _parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, listed=None):
     "A Clip of the bytes of a Kinetics-Skeleton JSON file; `listed` is its entry in the label list, if there is one."
     content, skeleton = _load_json(data, path), skeleton or SKELETONS["openpose18"]
@@ -601,7 +620,7 @@ def read_kinetics(
     """
     return _parse_kinetics(*_source(source, name, 1 << 25), max_people=max_people)
 
-# %% ../nbs/02_clips.ipynb #a48a594d
+# %% ../nbs/02_clips.ipynb #879f2f68
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
 _PLAIN_KEYS = ("joints", "visible", "label", "class_name", "skeleton", "name", *_PLAIN_TAGS)
 
@@ -658,7 +677,7 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #1dc21723
+# %% ../nbs/02_clips.ipynb #210d01b6
 class FileClips:
     "Clips that lie in one file each, in a folder or an archive."
 
@@ -725,7 +744,7 @@ class ArrayClips:
         except ClipError as e:
             raise ClipError(path, e.place, e.reason) from None
 
-# %% ../nbs/02_clips.ipynb #2b0b5a80
+# %% ../nbs/02_clips.ipynb #22237baf
 class Clips:
     """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
 
@@ -785,7 +804,7 @@ class Clips:
     def __repr__(self):
         return f"Clips({self.summary})"
 
-# %% ../nbs/02_clips.ipynb #f44b9a6c
+# %% ../nbs/02_clips.ipynb #d0293f3f
 def _split_of(name):
     "The split that a folder's name tells: {'kinetics': 'train'} for kinetics_train/x.json, 'test' for val."
     found = re.search(r"(?:^|/)kinetics[_-](train|val)/", name)
@@ -828,7 +847,7 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #a0334ec0
+# %% ../nbs/02_clips.ipynb #9dab1337
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
@@ -867,7 +886,7 @@ def _find_kind(files, kind):
     members = [i for i, e in enumerate(endings) if e == there[0]]
     return {".skeleton": "ntu", ".npz": "plain"}.get(there[0]) or _json_kind(files, members), members
 
-# %% ../nbs/02_clips.ipynb #aceeac9c
+# %% ../nbs/02_clips.ipynb #b5cee543
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
     kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for what is one file a clip; None: found out

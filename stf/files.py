@@ -36,7 +36,7 @@ class ClipError(ValueError):
     def __reduce__(self):  # so that worker processes can hand it back
         return type(self), (self.path, self.place, self.reason)
 
-# %% ../nbs/01b_files.ipynb #fb0257dc
+# %% ../nbs/01b_files.ipynb #b807dc1d
 def is_hidden(
     name: str,  # path inside a folder or archive, with /
 ) -> bool:
@@ -54,13 +54,19 @@ def read_file(
 ) -> bytes:
     "A file's bytes. ClipError if there is none, if it can't be read, is no regular file (a pipe would wait for ever), or too large."
     try:
-        about = os.stat(path)
-        if not stat.S_ISREG(about.st_mode):
-            raise ClipError(path, "", "not a file")
-        if about.st_size > limit:
-            raise _too_large(path, about.st_size, limit)
-        with open(path, "rb", buffering=0) as file:
-            return file.readall()
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            about = os.fstat(handle)
+            if not stat.S_ISREG(about.st_mode):
+                raise ClipError(path, "", "not a file")
+            if about.st_size > limit:
+                raise _too_large(path, about.st_size, limit)
+            data = os.read(handle, about.st_size)
+            while len(data) < about.st_size and (more := os.read(handle, about.st_size - len(data))):
+                data += more
+            return data
+        finally:
+            os.close(handle)
     except FileNotFoundError:
         raise ClipError(path, "", "no such file") from None
     except (OSError, ValueError) as e:
