@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'REBUILD', 'encode',
            'exact_encodings', 'StoreError', 'StoreBusy', 'make_shard', 'save_shard', 'load_shard', 'SetChecks',
-           'join_shards', 'protocol_name', 'name_tags', 'protocol_side', 'ClipStore', 'read_header', 'check_files',
-           'build_store', 'split_sides', 'validation_split', 'fraction']
+           'join_shards', 'protocol_name', 'name_tags', 'protocol_side', 'StoredClips', 'ClipStore', 'read_header',
+           'check_files', 'build_store', 'split_sides', 'validation_split', 'fraction']
 
 # %% ../nbs/04_dataset.ipynb #1cd44dc4
 import hashlib
@@ -420,63 +420,38 @@ def protocol_side(
         return "test" if tags.get("view", tags.get("camera")) == 3 else "train"
     return None
 
-# %% ../nbs/04_dataset.ipynb #05321b56
-class ClipStore:
-    "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
+# %% ../nbs/04_dataset.ipynb #ec21c330
+class StoredClips:
+    "A store's files, opened: names, labels, and clips by number. Raises StoreError if the store is damaged."
 
     def __init__(
         self,
         folder,  # made by ClipStore.build
     ):
         self.folder = Path(folder)
-        self.header = read_header(self.folder)
-        check_files(self.folder, self.header)
-        array = {
-            k: np.load(self.folder / f"{k}.npy", mmap_mode=None if k in ("clips", "tracks") else "r")
-            for k in ("clips", "tracks", "joints", "visible")
-        }
-        frames, bodies, label = array["clips"].astype(np.int64).T
-        skeleton = Skeleton(**{f.name: self.header["skeleton"].get(f.name) for f in fields(Skeleton)})
-        self.class_labels = np.array([c["label"] for c in self.header["classes"]], dtype=np.int64)
-        units = self.header["units"]
-        self.packed = PackedClips(
-            array["joints"], array["visible"], array["tracks"].astype(np.int64), np.concatenate([[0], np.cumsum(bodies)]), frames,
-            np.searchsorted(self.class_labels, label), skeleton, units["joints"], units["visible"],
-        )  # fmt: skip
+        self.header = header = read_header(self.folder)
+        check_files(self.folder, header)
+        load = lambda name, mode=None: np.load(self.folder / f"{name}.npy", mmap_mode=mode)
+        self.frames, bodies, label = load("clips").astype(np.int64).T
+        self.skeleton = Skeleton(**{f.name: header["skeleton"].get(f.name) for f in fields(Skeleton)})
+        self.classes = [c["name"] for c in header["classes"]]  # one a network output
+        self.class_labels = np.array([c["label"] for c in header["classes"]], dtype=np.int64)  # as the files number them
+        self.labels = np.searchsorted(self.class_labels, label)  # (N,) int64 index into classes
         self.names = json.loads((self.folder / "names.json").read_bytes())
+        self.nbytes = sum(header["files"][f"{k}.npy"]["bytes"] for k in ("joints", "visible"))  # what `to` takes
+        self.packed = PackedClips(
+            load("joints", "r"), load("visible", "r"), load("tracks").astype(np.int64),
+            np.concatenate([[0], np.cumsum(bodies)]), self.frames, self.labels, self.skeleton,
+            header["units"]["joints"], header["units"]["visible"],
+        )  # fmt: skip
         self._on_device, self._about = None, None
 
-    @property
-    def skeleton(self):
-        return self.packed.skeleton
-
-    @property
-    def labels(self):
-        "(N,) int64: class index of each clip."
-        return self.packed.labels
-
-    @property
-    def frames(self):
-        "(N,) int64: length of each clip."
-        return self.packed.frames
-
-    @property
-    def classes(self):
-        "Class names, one a network output."
-        return [c["name"] for c in self.header["classes"]]
-
-    @property
-    def nbytes(self):
-        "Bytes of the coordinates and visibilities: what `to(device)` takes there."
-        return sum(self.header["files"][f"{k}.npy"]["bytes"] for k in ("joints", "visible"))
-
     def __len__(self):
-        return len(self.packed)
+        return len(self.names)
 
     def __repr__(self):
-        h = self.header
-        what = f"{len(self)} clips, {len(self.classes)} classes, {self.skeleton.name}, {h['rows']} rows"
-        return f"ClipStore({str(self.folder)!r}: {what}, {self.nbytes / 1e6:.1f} MB)"
+        what = f"{len(self)} clips, {len(self.classes)} classes, {self.skeleton.name}, {self.header['rows']} rows"
+        return f"{type(self).__name__}({str(self.folder)!r}: {what}, {self.nbytes / 1e6:.1f} MB)"
 
     def __reduce__(self):
         return type(self), (self.folder,)
@@ -491,29 +466,12 @@ class ClipStore:
         "Clip i, as it was given to build."
         i = range(len(self))[i]
         joints, visible = unpack_clip(self.packed, i)
-        about = self.about(i)
-        return Clip(
-            joints,
-            visible,
-            self.names[i],
-            int(self.class_labels[self.labels[i]]),
-            skeleton=self.skeleton,
-            **about,
-        )
+        label = int(self.class_labels[self.labels[i]])
+        return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-    @property
-    def refused(self):
-        "DataFrame (path, place, reason): files that could not be read when the store was built."
-        return pd.DataFrame(self._left_out["refused"], columns=["path", "place", "reason"])
-
-    @property
-    def skipped(self):
-        "Names that were left out on purpose."
-        return self._left_out["skipped"]
-
-    @property
-    def _left_out(self):
-        return json.loads((self.folder / "left_out.json").read_bytes())
+# %% ../nbs/04_dataset.ipynb #d4ddbdcc
+class ClipStore(StoredClips):
+    "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
     def to(self, device):
         "Keep all rows on a device, where batches are then made; `to(None)` lets go of them. Returns the store."
@@ -546,13 +504,21 @@ class ClipStore:
         sides = split_sides(self, protocol)
         return tuple(np.flatnonzero(sides == side) for side in ("train", "test"))
 
+    @property
+    def refused(self):
+        "DataFrame (path, place, reason): files that could not be read when the store was built."
+        return pd.DataFrame(_left_out(self.folder)["refused"], columns=["path", "place", "reason"])
+
+    @property
+    def skipped(self):
+        "Names that were left out on purpose."
+        return _left_out(self.folder)["skipped"]
+
     def verify(self):
         "Hash every file and compare with the header; StoreError names the first that differs."
         for name, known in self.header["files"].items():
             if _file_hash(self.folder / name) != known["sha256"]:
-                raise StoreError(
-                    f"{self.folder}: {name}: its content has changed since the store was built; build the store again"
-                )
+                raise StoreError(f"{self.folder}: {name}: its content has changed since the store was built; build it again")
 
     @classmethod
     def build(
@@ -576,7 +542,7 @@ class ClipStore:
         build_store(clips, folder, classes, skip, strict, progress, overwrite, workers)
         return cls(folder)
 
-# %% ../nbs/04_dataset.ipynb #6985788b
+# %% ../nbs/04_dataset.ipynb #e6890d48
 REBUILD = "the store is damaged: copy it again, or build it again"
 
 
@@ -621,6 +587,10 @@ def check_files(folder, header):
             raise StoreError(f"{path}: {found}; {REBUILD}")
 
 
+def _left_out(folder):
+    return json.loads((folder / "left_out.json").read_bytes())
+
+
 def _file_hash(path):
     h = hashlib.sha256()
     with open(path, "rb") as f:
@@ -628,7 +598,7 @@ def _file_hash(path):
             h.update(piece)
     return h.hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #87c67076
+# %% ../nbs/04_dataset.ipynb #4dc7f6ce
 def _partial(folder):
     folder = Path(folder)
     return folder.with_name(folder.name + ".partial")
@@ -654,7 +624,7 @@ def _items(clips):
             raise item
         yield item
 
-# %% ../nbs/04_dataset.ipynb #c4b1f977
+# %% ../nbs/04_dataset.ipynb #26453010
 def _is_files(clips):
     return hasattr(clips, "read") and hasattr(clips, "parse") and hasattr(clips, "names")
 
@@ -688,7 +658,7 @@ def _parse_shard(clips, raws, skip, path):
     save_shard(make_shard(items, skip), path)
     return path
 
-# %% ../nbs/04_dataset.ipynb #21719b96
+# %% ../nbs/04_dataset.ipynb #43fddb54
 _job = None  # of a worker process: what it parses, and what it leaves out
 
 
@@ -745,7 +715,7 @@ def _shards_of_items(clips, partial, skip):
         save_shard(make_shard(run, skip), path)
         yield path
 
-# %% ../nbs/04_dataset.ipynb #6d44148e
+# %% ../nbs/04_dataset.ipynb #5dce0e78
 @contextmanager
 def _locked(partial):
     "Hold a build folder for this process; the system lets go of it when the process ends, however it ends."
@@ -792,7 +762,7 @@ def _refuse_existing(folder, overwrite):
         )
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/04_dataset.ipynb #be905841
+# %% ../nbs/04_dataset.ipynb #befd25c5
 def build_store(
     clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False, workers=0
 ):
@@ -869,7 +839,7 @@ def _put_in_place(new, folder):
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/04_dataset.ipynb #6f4ff5a9
+# %% ../nbs/04_dataset.ipynb #232cec24
 def split_sides(store, protocol):
     "(N,) array of 'train', 'test' or '' for each clip."
     protocol = protocol_name(protocol)
@@ -903,7 +873,7 @@ def split_sides(store, protocol):
         )
     return sides
 
-# %% ../nbs/04_dataset.ipynb #0134f087
+# %% ../nbs/04_dataset.ipynb #43703650
 def _shuffled(items, seed):
     "In an order that depends on the seed only (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
