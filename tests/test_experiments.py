@@ -1,0 +1,234 @@
+"""Records and tables: the paper's numbers agree with each other, records are whole, resumable and shared by two calls at once; the command line."""
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stf import cli, experiments
+from stf.evaluate import Scores, average
+from stf.experiments import ROWS, ablation, load_records, paper_table, record_scores, row_config, table5, telling_clip, write_record
+from stf.train import Config, ConfigError, Run
+from test_train import TinyStore, tiny
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def quick(folder, **changes):
+    return tiny(folder, **{**dict(epochs=1, milestones=(), stf_epochs=1, stf_milestones=()), **changes})
+
+
+# ---- the paper's numbers
+
+
+def test_the_papers_tables_agree_with_each_other():
+    t2, t3, t5 = paper_table("table2"), paper_table("table3"), paper_table("table5")
+    assert t2.shape == (20, 15)
+    kinetics = [c for c in t2 if c.startswith("Kinetics")]
+    assert np.allclose(t2.loc["STF", kinetics] - t2.loc["MS-G3D (code)*", kinetics], t3.loc["STF over MS-G3D"].to_numpy(float), atol=1e-9)
+    assert np.allclose((t5["accuracy"] - t5.loc["M1", "accuracy"])[1:], t5["gain"][1:], atol=0.011)
+    assert paper_table("table4").loc["STF", "100"] == t2.loc["STF", "NTU60 x-sub J"] == t5.loc["M5", "accuracy"]
+
+
+# ---- records
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ablation")
+    records = ablation(quick(folder / "run"), results=folder / "results", store=TinyStore(), progress=False)
+    return folder, records
+
+
+def test_ablation_makes_the_rows_of_table_5(made):
+    folder, records = made
+    assert [r["row"] for r in records] == ["M1", "M2", "M3", "M4", "Le", "M5"]
+    for r in records:
+        assert {"experiment", "row", "dataset", "stream", "seed", "top1", "config", "history", "versions", "commit", "device", "threads"} <= set(r)
+        assert r["experiment"] == "ablation" and r["seed"] == 0 and r["threads"] == 1
+        assert record_scores(r).names == [f"clip{i}" for i in range(14, 20)]
+    of = {r["row"]: r for r in records}
+    used = {row: set(of[row]["history"][0]) & set("edcg") for row in ROWS}
+    assert used == {"M1": set(), "M2": set("c"), "M3": set("cd"), "M4": set("cdg"), "Le": set("e")}
+    both = average(record_scores(of["M4"]), record_scores(of["Le"]))
+    assert np.allclose(record_scores(of["M5"]).probabilities, both.probabilities) and of["M5"]["average"] == ["M4-seed0", "Le-seed0"]
+    read = load_records(folder / "results", experiment="ablation", row="M4")
+    assert len(read) == 1 and read[0]["top1"] == of["M4"]["top1"]
+    size = sum(p.stat().st_size for p in (folder / "results").rglob("*.*"))
+    assert size < 60_000  # compact
+
+
+def test_recorded_rows_are_skipped_and_deleted_ones_made_again(made, monkeypatch):
+    folder, records = made
+    config = quick(folder / "run")
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: pytest.fail("trained again"))
+    assert [r["top1"] for r in ablation(config, results=folder / "results", progress=False)] == [r["top1"] for r in records]
+    monkeypatch.undo()
+    fresh = ablation(quick(folder / "elsewhere"), rows=["M3"], results=folder / "other", store=TinyStore(), progress=False)
+    assert [r["row"] for r in fresh] == ["M3"]  # from scratch, with its baseline: the same numbers
+    assert np.array_equal(record_scores(fresh[0]).probabilities, record_scores(records[2]).probabilities)
+    assert not (folder / "other" / "ablation" / "tiny" / "M1-seed0.json").exists()
+
+
+def test_records_of_other_settings_are_not_reused(made):
+    folder, _ = made
+    with pytest.raises(ConfigError, match="recorded with other settings: lr 0.05 .now 0.01."):
+        ablation(quick(folder / "run", lr=0.01), results=folder / "results", progress=False)
+    with pytest.raises(ConfigError, match="no row 'M7'"):
+        ablation(quick(folder / "run"), rows=["M7"])
+
+
+def test_m5_alone_trains_what_it_needs(tmp_path):
+    records = ablation(quick(tmp_path / "r"), seeds=(3,), rows=["M5"], results=tmp_path, store=TinyStore(), progress=False)
+    assert [(r["row"], r["seed"]) for r in records] == [("M5", 3)]
+    assert sorted(p.stem for p in (tmp_path / "ablation" / "tiny").glob("*.json")) == ["Le-seed3", "M4-seed3", "M5-seed3"]
+
+
+BOTH = """
+    import sys
+    sys.path[:0] = [{tests!r}, {root!r}]
+    import torch; torch.set_num_threads(1)
+    import stf.train as train
+    import test_experiments as t
+    begin = train.begin
+    def noted(config, *args):
+        with open({log!r}, "a") as f:
+            f.write(config.name + chr(10))
+        return begin(config, *args)
+    train.begin = noted
+    t.ablation(t.quick({folder!r} + "/run"), results={folder!r} + "/results", store=t.TinyStore(), progress=False)
+"""
+
+
+@pytest.mark.slow
+def test_two_calls_at_once_share_the_work(tmp_path, made):
+    code = textwrap.dedent(BOTH).format(tests=str(HERE), root=str(HERE.parent), log=str(tmp_path / "log"), folder=str(tmp_path))
+    two = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [p.communicate(timeout=300)[1] for p in two]
+    assert [p.returncode for p in two] == [0, 0], errors
+    assert sorted((tmp_path / "log").read_text().split()) == sorted(f"tiny{t}" for t in ("", "-stf-c", "-stf-dc", "-stf-dcg", "-stf-e"))
+    records = load_records(tmp_path / "results")
+    expected = {r["row"]: record_scores(r).probabilities for r in made[1]}
+    assert {r["row"] for r in records} == set(expected)
+    assert all(np.array_equal(record_scores(r).probabilities, expected[r["row"]]) for r in records)
+    assert not [p for p in (tmp_path / "results").rglob("*") if p.name.endswith(".new")]
+
+
+def test_table5_pairs_gains_by_seed():
+    rows = [("M1", 0, 70.0), ("M1", 1, 80.0), ("M5", 0, 73.0), ("M5", 1, 81.0), ("M2", 1, 82.0)]
+    table = table5([{"name": "x", "row": row, "seed": seed, "top1": top1} for row, seed, top1 in rows])
+    assert table.loc["M5", "x gain"] == pytest.approx(2) and table.loc["M2", "x gain"] == pytest.approx(2)  # not 82 − 75
+    assert table.loc["M5", "x top-1"] == 77 and table.loc["M5", "x std"] == pytest.approx(np.std([73, 81], ddof=1))
+    assert table["x seeds"].dropna().to_dict() == {"M1": 2, "M2": 1, "M5": 2} and np.isnan(table.loc["M2", "x std"])
+    assert table.loc["M4", "L_Gk"] == "✓" and table.loc["M4", "L_e"] == "" and table.loc["M5", "paper"] == 91.34
+    assert list(table5([]).index) == ["M1", "M2", "M3", "M4", "Le", "M5"]
+
+
+def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
+    scores = Scores(["a", "b"], [0, 1], np.eye(2), ["x", "y"])
+    path = tmp_path / "e" / "n" / "M1-seed0.json"
+    write_record(path, scores, Config(), experiment="e", row="M1", name="n")
+    before = path.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda a, b: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        write_record(path, scores, Config(lr=1.0), experiment="e", row="M1", name="n")
+    assert path.read_bytes() == before and load_records(tmp_path)[0]["config"]["lr"] == 0.05
+
+
+def test_seeds_have_folders_of_their_own(tmp_path):
+    config = quick(tmp_path / "r")
+    assert len({row_config(config, row, seed).run_folder for row in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
+    assert len({row_config(config.replace(folder=""), row, seed).run_folder for row in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
+
+
+def test_telling_clip_prefers_one_that_was_turned():
+    names, labels = ["a", "b", "c"], [0, 0, 1]
+    base = Scores(names, labels, [[0.6, 0.4], [0.4, 0.6], [0.5, 0.5]], ["x", "y"])
+    better = Scores(names, labels, [[1.0, 0.0], [0.6, 0.4], [0.3, 0.7]], ["x", "y"])
+    assert telling_clip(better, base) == "b"  # wrong before, right now; c and a gain more or as much without turning
+    assert telling_clip(base, base) in names
+
+
+# ---- the command line
+
+
+def typed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["stf", *map(str, words)])
+    assert cli.main() is None
+
+
+@pytest.mark.parametrize("words, code, message", [
+    (["train", "ntu60-xsub-join"], 2, "did you mean 'ntu60-xsub-joint'"), (["train"], 2, "needs a preset"),
+    (["train", "ucla-small", "--data", "nowhere", "--folder", "{tmp}/r"], 2, "nowhere"), (["evaluate"], 2, "at least one source"),
+    (["evaluate", "{tmp}"], 2, "holds no scores"), (["info", "{tmp}/none"], 2, "no checkpoint"), (["prepare", "{tmp}/none", "{tmp}/s"], 2, "none"),
+    (["train", "ucla-small", "--lr", "-1"], 2, "lr must not be negative"), (["train", "ucla-small", "--no-such", "1"], 2, "no-such"),
+    (["trian"], 2, "trian"),
+])  # fmt: skip
+def test_mistakes_end_in_a_line_and_an_exit_code(tmp_path, monkeypatch, capsys, words, code, message):
+    with pytest.raises(SystemExit) as stop:
+        typed(monkeypatch, *(w.format(tmp=tmp_path) for w in words))
+    said = capsys.readouterr()
+    assert stop.value.code == code and message in said.err + said.out and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("error, code", [(FloatingPointError("nan"), 1), (KeyboardInterrupt("stopped"), 130), (OSError("disk"), 1)])
+def test_exit_codes(monkeypatch, error, code):
+    monkeypatch.setattr(cli, "run", lambda *a, **k: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as stop:
+        typed(monkeypatch, "train", "ucla-small")
+    assert stop.value.code == code
+
+
+def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda config, **k: seen.append(config) or Run(Path("r"), config, pd.DataFrame(), 50.0, []))
+    typed(monkeypatch, "train", "ucla-small-bone", "--lr", "0.1", "--widths", "6", "12", "18", "--seed", "4", "--no-nesterov", "--losses", "e", "--model", "stf")
+    assert seen[0] == Config.preset("ucla-small-bone", lr=0.1, widths=(6, 12, 18), seed=4, nesterov=False, losses="e", model="stf")
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, "train", "ucla-small", "--help")
+    said = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in said for f in fields(Config))
+
+
+def test_train_goes_on_with_a_runs_folder(tmp_path, monkeypatch, made):
+    folder = made[0] / "run-seed0"
+    config = cli.named_config(str(folder))
+    assert config.run_folder == folder and config.replace(folder="") == Run.load(folder).config.replace(folder="")
+
+
+def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):
+    folder, records = made
+    a, b = (folder / f"run-seed0{t}" for t in ("-stf-dcg", "-stf-e"))
+    typed(monkeypatch, "evaluate", a, b, "--baseline", folder / "run-seed0", "--save", tmp_path / "both.npz")
+    said = capsys.readouterr().out
+    top1 = next(r["top1"] for r in records if r["row"] == "M5")
+    assert f"{top1:6.2f}" in said and "class by class" in said
+    assert np.allclose(Scores.load(tmp_path / "both.npz").probabilities, record_scores(records[-1]).probabilities, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["", "ntu120-xset-bone", "run", "checkpoint"])
+def test_info(made, monkeypatch, capsys, what):
+    folder = made[0] / "run-seed0"
+    typed(monkeypatch, "info", {"run": folder, "checkpoint": folder / "checkpoint"}.get(what, what))
+    said = capsys.readouterr().out
+    assert {"": "kinetics-bone-stf-e", "ntu120-xset-bone": "20, 35, 50", "run": "finished, top-1", "checkpoint": '"skeleton": "hand"'}[what] in said
+
+
+def test_config_json_of_a_run_can_be_read_by_people(made):
+    said = json.loads((made[0] / "run-seed0" / "config.json").read_text())
+    assert said["version"] == 1 and said["name"] == "tiny"
