@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stf import clips as module
+from stf import ntu as module
 from stf.clips import (
     Clip, ClipError, class_names, ntu_missing_skeletons, open_clips, parse_ntu_name, read_kinetics, read_ntu, read_plain, read_ucla,
     save_clip,
@@ -84,8 +84,8 @@ def test_bodies_are_followed_by_exact_id():
 def test_numbers_equal_float(number):
     """The word-wise parser and float() agree to the last bit, whatever the form of the numbers."""
     text = ntu_text([["1", "2"]] * 4, seed=1, number=number).encode()
-    careful = module._ntu_rows_careful(text, "x")
-    fast = module._ntu_rows_fast(text)
+    careful = module.rows_careful(text, "x")
+    fast = module.rows_fast(text)
     if fast is not None:
         np.testing.assert_array_equal(fast[2], careful[2])
     np.testing.assert_array_equal(ntu(text).joints[0], careful[2][::2])
@@ -202,10 +202,10 @@ def fuzz_ntu(data, original=TWO.encode()):
     damaged = mutations(original, data.draw)
     if survives(lambda f: read_ntu(f, NAME), damaged):
         try:
-            careful = module._ntu_rows_careful(damaged, "x")
+            careful = module.rows_careful(damaged, "x")
         except ClipError:
             return  # a fault that the fast reader doesn't look at: in the columns that no clip holds
-        fast = module._ntu_rows_fast(damaged)
+        fast = module.rows_fast(damaged)
         if fast is not None:
             assert all(np.array_equal(a, b) for a, b in zip(fast, careful))
 
@@ -542,7 +542,7 @@ def test_error_travels_between_processes():
 
 
 def test_modules_import_alone():
-    for name in ("files", "clips"):
+    for name in ("files", "arrays", "ntu", "clips"):
         subprocess.run([sys.executable, "-W", "error", "-c", f"import stf.{name}"], check=True)
 
 
@@ -568,10 +568,10 @@ def test_real_ntu(real_data):
         for i in range(len(clips)):
             raw = clips.read(i)
             check_clip(clips.parse(i, raw))
-            fast = module._ntu_rows_fast(raw)
+            fast = module.rows_fast(raw)
             assert fast is not None, clips.names[i]
             if i % 5 == 0:
-                careful = module._ntu_rows_careful(raw, "x")
+                careful = module.rows_careful(raw, "x")
                 assert all(np.array_equal(a, b) for a, b in zip(fast, careful))
     false_body = read_ntu(paths[0] / "S001C001P003R002A005.skeleton")
     assert false_body.present.all() and len(false_body.joints) == 2
