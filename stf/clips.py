@@ -236,7 +236,7 @@ def _expect(condition, path, place, reason):
     if not condition:
         raise ClipError(path, place, reason)
 
-# %% ../nbs/02_clips.ipynb #a35a9d0c
+# %% ../nbs/02_clips.ipynb #5cbdb37f
 _UCLA_NAME = re.compile(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)")
 
 
@@ -248,8 +248,8 @@ def _parse_ucla(data, path, name, skeleton=None):
     _expect(0 < len(frames) <= MAX_FRAMES, path, "skeletons", f"{len(frames)} frames")
     flat = []
     for t, frame in enumerate(frames):
-        whole = type(frame) is list and len(frame) == V and all(type(j) is list and len(j) == 3 for j in frame)
-        _expect(whole, path, f"frame {t + 1}", f"must be {V} joints of 3 numbers")
+        if type(frame) is not list or len(frame) != V or set(map(type, frame)) != {list} or set(map(len, frame)) != {3}:
+            raise ClipError(path, f"frame {t + 1}", f"must be {V} joints of 3 numbers")
         for joint in frame:
             flat += joint
     joints = _numbers(flat, MAX_METRES, path, "skeletons").reshape(1, len(frames), V, 3)
@@ -272,7 +272,7 @@ def read_ucla(
     """
     return _parse_ucla(*_source(source, name, 1 << 25))
 
-# %% ../nbs/02_clips.ipynb #3cbe76d5
+# %% ../nbs/02_clips.ipynb #0c95ba5f
 MAX_IMAGE = 1e5  # 2D coordinates, in parts of the image or pixels
 MAX_PEOPLE = 5  # kept of a frame, by score
 
@@ -290,16 +290,20 @@ def _kinetics_people(content, path, V):
     frame, pose, score, seen = [], [], [], set()
     for i, entry in enumerate(content["data"]):
         place = f"data[{i}]"
-        _expect(isinstance(entry, dict) and isinstance(entry.get("skeleton"), list), path, place, "no list 'skeleton'")
+        if not isinstance(entry, dict) or not isinstance(entry.get("skeleton"), list):
+            raise ClipError(path, place, "no list 'skeleton'")
         t = entry.get("frame_index")
-        _expect(type(t) is int and 0 <= t < MAX_FRAMES, path, place, f"frame_index must be a whole number from 0 to {MAX_FRAMES - 1}, not {show(t)}")
-        _expect(t not in seen, path, place, f"frame_index {t} is there twice")
+        if type(t) is not int or not 0 <= t < MAX_FRAMES:
+            raise ClipError(path, place, f"frame_index must be a whole number from 0 to {MAX_FRAMES - 1}, not {show(t)}")
+        if t in seen:
+            raise ClipError(path, place, f"frame_index {t} is there twice")
         seen.add(t)
         for person in entry["skeleton"]:
             _expect(isinstance(person, dict), path, place, "a person must have 'pose' and 'score'")
             for key, size, all_of in (("pose", 2 * V, pose), ("score", V, score)):
                 values = person.get(key)
-                _expect(type(values) is list and len(values) == size, path, place, f"{key!r} must be a list of {size} numbers")
+                if type(values) is not list or len(values) != size:
+                    raise ClipError(path, place, f"{key!r} must be a list of {size} numbers")
                 all_of += values
             frame.append(t)
     _expect(frame, path, "", "no body in any frame")

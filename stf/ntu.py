@@ -133,7 +133,7 @@ def _eight_digits(words):
         words &= _U(mask)
     return words, count, endless
 
-# %% ../nbs/01d_ntu.ipynb #a91f25ff
+# %% ../nbs/01d_ntu.ipynb #e2c02407
 _TEN = 10.0 ** np.arange(23)
 _TEN_WHOLE = 10 ** np.arange(9, dtype=np.uint64)
 
@@ -154,7 +154,7 @@ def _column(data, buf, start):
     count += 2
     at += count
     ended = buf[at] == 32
-    value = digits + np.multiply(whole, 1e8)
+    value = digits + np.multiply(whole, 1e8, dtype=np.float64)
     scale = np.where(minus, -1e8, 1e8)
     endless = endless[~ended[endless]]
     if len(endless):  # more than eight digits after the point

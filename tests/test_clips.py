@@ -290,7 +290,7 @@ def people(*skeleton, t=1):
 @pytest.mark.parametrize("content, reason", [
     ({**KINETICS, "data": []}, "no body in any frame"), (people(), "no body in any frame"), ({}, "no list 'data'"),
     (people(PERSON, t=-1), "frame_index"), (people(PERSON, t=10**12), "frame_index"), (people(PERSON, t=1.0), "frame_index"),
-    (people(PERSON, t=True), "frame_index"), (people(PERSON, t="1"), "frame_index"), (people(PERSON, t=None), "frame_index"),
+    (people(PERSON, t=True), "frame_index"), (people(PERSON, t="1"), "frame_index"), (people(PERSON, t=None), "frame_index"), (people(PERSON, t=[1]), "frame_index"),
     ({**KINETICS, "data": people(PERSON)["data"] * 2}, "twice"), (people(None), "a person"), (people([]), "a person"),
     (people({"pose": [0] * 36}), "'score'"), (people({**PERSON, "pose": [0] * 35}), "36"), (people({**PERSON, "score": [0] * 17}), "18"),
     (people({**PERSON, "pose": {}}), "36"), (people({**PERSON, "score": [7] * 18}), "score of 7"), (people({**PERSON, "score": [-1] * 18}), "score"),
