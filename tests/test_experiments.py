@@ -129,6 +129,22 @@ def test_two_calls_at_once_share_the_work(tmp_path, made):
     assert not [p for p in (tmp_path / "results").rglob("*") if p.name.endswith(".new")]
 
 
+def test_fuse_matches_rows_and_seeds(tmp_path):
+    made = {}
+    for stream, seeds in (("joint", (0, 1)), ("bone", (1, 2))):
+        config = Config(stream=stream)
+        for seed in seeds:
+            scores = Scores(["a", "b"], [0, 1], np.random.default_rng(seed).dirichlet([1, 1], 2), ["x", "y"])
+            about = dict(experiment="e", row="M1", name=stream, versions={}, device="cpu", threads=1, system="", machine="", processor="", commit=None)
+            path = experiments.record_path(tmp_path, "e", stream, "M1", seed)
+            made[stream, seed] = write_record(path, scores, config.replace(seed=seed), **about)
+    fused = experiments.fuse([made["joint", 0], made["joint", 1]], [made["bone", 2], made["bone", 1]], tmp_path)
+    assert [(r["seed"], r["stream"]) for r in fused] == [(1, "joint+bone")]
+    table = experiments.stream_table([*made.values(), *fused])
+    assert list(table.columns) == ["J", "B", "J+B"] and table.loc["M1", "J+B"] == fused[0]["top1"]
+    assert load_records(tmp_path, stream="joint+bone")[0]["average"] == [made["joint", 1]["path"], made["bone", 1]["path"]]
+
+
 def test_table5_pairs_gains_by_seed():
     rows = [("M1", 0, 70.0), ("M1", 1, 80.0), ("M5", 0, 73.0), ("M5", 1, 81.0), ("M2", 1, 82.0)]
     table = table5([{"name": "x", "row": row, "seed": seed, "top1": top1} for row, seed, top1 in rows])
