@@ -469,7 +469,7 @@ class StoredClips:
         label = int(self.class_labels[self.labels[i]])
         return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-# %% ../nbs/04_dataset.ipynb #d4ddbdcc
+# %% ../nbs/04_dataset.ipynb #0f369942
 class ClipStore(StoredClips):
     "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
@@ -487,6 +487,7 @@ class ClipStore(StoredClips):
         num_bodies: int = 2,  # M
         device=None,  # default: where `to` has put the rows, else the CPU
         dtype: torch.dtype = torch.float32,  # of x
+        bodies: str = "spread",  # which bodies 'paper' chooses in 3D: spread, presence, motion or denoise
     ) -> Batch:
         "x (N,C,T,V,M) and y (N,), as `make_batch` makes them."
         packed = self._on_device
@@ -494,7 +495,7 @@ class ClipStore(StoredClips):
             device is not None and torch.empty(0, device=device).device != packed.joints.device
         ):
             packed = self.packed
-        return make_batch(packed, indices, stream, preprocess, length, num_bodies, device, dtype)
+        return make_batch(packed, indices, stream, preprocess, length, num_bodies, device, dtype, bodies)
 
     def split(
         self,

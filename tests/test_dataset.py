@@ -90,7 +90,9 @@ def naive_bodies(c, num_bodies):
     if X.shape[-1] == 2:
         for t in range(T):
             for to, m in enumerate(
-                sorted(range(M), key=lambda m: (-sum(c.visible[m, t].tolist()), m))[:num_bodies]
+                sorted(range(M), key=lambda m: (-sum(c.visible[m, t].tolist()), c.tags["listed"][m]))[
+                    :num_bodies
+                ]
             ):
                 out[0][to, t], out[1][to, t] = X[m, t], W[m, t]
         return out
@@ -287,6 +289,35 @@ def test_channels_and_dtype():
 def test_wrong_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_batch([clip()], **arguments)
+
+
+def test_rules_for_choosing_bodies():
+    T = 30
+    rng, body = (
+        np.random.default_rng(0),
+        np.array([[0, 0, 0], [0, 1, 0], [0, 1.6, 0], [0.5, 1, 0], [-0.5, 1, 0]], float),
+    )
+    furniture = body * (4, 0.2, 1) + rng.normal(0, 0.3, (T, 5, 3))  # wide, and it jitters
+    person = body + 0.1 * np.sin(np.arange(T) / 3)[:, None, None]
+    late = np.zeros((T, 5, 3))
+    late[10:16] = body * 3 + np.arange(6)[:, None, None]  # large, fast, and gone soon
+    c = Clip(np.stack([furniture, person, late]), name="three", label=0, skeleton=BODY)
+    there = {}
+    for rule in ("spread", "presence", "motion", "denoise"):
+        x = make_batch(c, length=T, bodies=rule, num_bodies=3).x[0, 3].amax(1)  # (T,M)
+        there[rule] = [int(n) for n in x.sum(0)]
+    assert there == {
+        "spread": [6, 30, 30],
+        "presence": [30, 30, 6],
+        "motion": [6, 30, 30],
+        "denoise": [30, 0, 0],
+    }
+    alone = Clip(furniture[None], name="alone", label=0, skeleton=BODY)
+    assert make_batch(alone, bodies="denoise", length=5).x.any()  # somebody always stays
+    with pytest.raises(ValueError, match="for preset 'paper'"):
+        make_batch(c, preprocess="msg3d", bodies="motion")
+    with pytest.raises(ValueError, match="choose one of spread"):
+        make_batch(c, bodies="tallest")
 
 
 def test_places_of_tracks_never_overlap():
