@@ -7,7 +7,7 @@ __all__ = ['UCLA_CLASSES', 'MAX_IMAGE', 'MAX_PEOPLE', 'OPENERS', 'Clip', 'class_
            'read_ucla', 'read_kinetics', 'read_plain', 'save_clip', 'FileClips', 'ArrayClips', 'Clips', 'open_clips',
            'ClipError', 'parse_ntu_name']
 
-# %% ../nbs/02_clips.ipynb #43f631e1
+# %% ../nbs/02_clips.ipynb #f3e97b22
 import gzip
 import io
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from .arrays import ARRAY_FORMS, open_arrays
 from .files import ClipError, Folder, open_files, read_file, read_npz
-from .ntu import MAX_CELLS, MAX_FRAMES, MAX_METRES, follow_bodies, ntu_rows, parse_ntu_name, show
+from .ntu import MAX_CELLS, MAX_FRAMES, MAX_METRES, follow_bodies, listed_ranks, ntu_rows, parse_ntu_name, show
 from .skeleton import SKELETONS, Skeleton
 
 _all_ = ["ClipError", "parse_ntu_name"]  # are part of this module, too
@@ -138,7 +138,7 @@ def ntu_missing_skeletons() -> frozenset:
 
 _NTU_CLASSES = class_names("ntu120")
 
-# %% ../nbs/02_clips.ipynb #ef9278be
+# %% ../nbs/02_clips.ipynb #b1bb58fc
 def _source(source, name, limit):
     "(bytes, path for messages, name of the clip) of a path, a binary file object, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -175,6 +175,8 @@ def _parse_ntu(data, path, name, skeleton=None):
     label = tags["action"] - 1 if tags else None
     words = _NTU_CLASSES[label] if tags and label < len(_NTU_CLASSES) else None
     tags["bodies"] = [body.decode() for body in order]
+    if len(order) > 1 and (listed := listed_ranks(place, frame, len(order))) != sorted(listed):
+        tags["listed"] = listed
     return Clip(joints, visible, name, label, skeleton or SKELETONS["ntu25"], words, tags)
 
 
@@ -184,7 +186,8 @@ def read_ntu(
 ) -> Clip:
     """Read a raw NTU RGB+D `.skeleton` file: joints (M,T,25,3) in metres, visible 1 unless a joint is not tracked.
 
-    Bodies are followed by their ID, in order of first appearance; tags hold the name's numbers and the IDs as text.
+    Bodies are followed by their ID, in order of first appearance; tags hold the name's numbers, the IDs as text (`bodies`), and, where
+    frames list bodies in another order than they came, each body's rank in the list (`listed`).
     ClipError names file, line and reason for what is cut off, empty, not numeric or absurd (a joint beyond 1 km, for
     example). A joint that is not tracked keeps the file's coordinates and has visible 0.
     """

@@ -70,7 +70,8 @@ def check_clip(clip):
 def test_bodies_are_followed_by_exact_id():
     """IDs that are equal as floats are two people, and order within a frame doesn't matter."""
     clip = ntu(TWO)
-    assert clip.tags["bodies"] == ["72057594037931101", "72057594037931102"]
+    assert clip.tags["bodies"] == ["72057594037931101", "72057594037931102"] and "listed" not in clip.tags
+    assert ntu(ntu_text([["1"], ["2", "1"], ["2", "1"], ["1", "2"]])).tags["listed"] == [1, 0]
     assert clip.present.tolist() == [[True, True, False, True], [False, True, False, True]]
     rows = [np.array(line.split(), float) for line in TWO.split("\n") if len(line.split()) == 12]
     last = np.array(rows[75:])  # in the last frame the second body comes first
@@ -576,6 +577,7 @@ def test_real_ntu(real_data):
     false_body = read_ntu(paths[0] / "S001C001P003R002A005.skeleton")
     assert false_body.present.all() and len(false_body.joints) == 2
     assert read_ntu(paths[0] / "S017C003P020R002A059.skeleton").present.sum(axis=1).tolist() == [111, 32]
+    assert read_ntu(paths[0] / "S017C003P020R002A059.skeleton").tags["listed"] == [1, 0]
 
 
 def test_real_truncated(real_data):
