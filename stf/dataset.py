@@ -8,7 +8,7 @@ __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'NTU_TRAINING_SUBJECTS', '
            'join_shards', 'protocol_name', 'name_tags', 'protocol_side', 'StoredClips', 'ClipStore', 'read_header',
            'check_files', 'build_store', 'split_sides', 'validation_split', 'fraction']
 
-# %% ../nbs/04_dataset.ipynb #1cd44dc4
+# %% ../nbs/04_dataset.ipynb #a62bb7d6
 import hashlib
 import itertools
 import json
@@ -36,7 +36,7 @@ except ImportError:  # Windows: builds go without a lock
     fcntl = None
 
 from .batches import Batch, PackedClips, make_batch, pack_clip, unpack_clip
-from .clips import Clip, ClipError, ntu_missing_skeletons, parse_ntu_name
+from .clips import Clip, ClipError, ntu_missing_skeletons, open_clips, parse_ntu_name
 from .skeleton import Skeleton
 
 # %% ../nbs/04_dataset.ipynb #14638999
@@ -110,7 +110,7 @@ def _json(value, indent=None):
         json.dumps(value, ensure_ascii=False, indent=indent, default=lambda o: o.tolist()) + "\n"
     ).encode()
 
-# %% ../nbs/04_dataset.ipynb #665905d3
+# %% ../nbs/04_dataset.ipynb #4988a62e
 def _described(clip):
     "What a clip says about itself, apart from its arrays, as one line of JSON."
     about = {
@@ -141,7 +141,9 @@ def make_shard(
                 continue
             refused.append({"path": str(item.path), "place": str(item.place), "reason": str(item.reason)})
             continue
-        if item.name in skip:
+        if not isinstance(item, Clip):
+            raise StoreError(f"got a {type(item).__name__} where a Clip should be: {str(item)[:60]!r}")
+        if item.name in skip or Path(item.name).stem in skip:
             skipped.append(item.name)
             continue
         if item.skeleton is None:
@@ -469,7 +471,7 @@ class StoredClips:
         label = int(self.class_labels[self.labels[i]])
         return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-# %% ../nbs/04_dataset.ipynb #0f369942
+# %% ../nbs/04_dataset.ipynb #54204364
 class ClipStore(StoredClips):
     "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
@@ -524,7 +526,7 @@ class ClipStore(StoredClips):
     @classmethod
     def build(
         cls,
-        clips,  # Clips (and ClipErrors): any iterable, or a sequence
+        clips,  # Clips (and ClipErrors): what open_clips gives, any iterable or sequence; or a path to open
         folder,  # must not exist yet
         classes=None,  # all class names in the order of labels; default: those that occur
         skip=None,  # names to leave out; default: NTU's official list of recordings with missing skeletons
@@ -599,9 +601,9 @@ def _file_hash(path):
             h.update(piece)
     return h.hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #4dc7f6ce
+# %% ../nbs/04_dataset.ipynb #17c5669a
 def _partial(folder):
-    folder = Path(folder)
+    folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     return folder.with_name(folder.name + ".partial")
 
 
@@ -763,12 +765,13 @@ def _refuse_existing(folder, overwrite):
         )
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/04_dataset.ipynb #befd25c5
+# %% ../nbs/04_dataset.ipynb #fd9ce04f
 def build_store(
     clips, folder, classes=None, skip=None, strict=False, progress=True, overwrite=False, workers=0
 ):
     "The work of ClipStore.build."
     folder, checks = Path(folder), SetChecks(classes)
+    clips = open_clips(clips) if isinstance(clips, (str, Path)) else clips
     partial, skip = _partial(folder), ntu_missing_skeletons() if skip is None else frozenset(skip)
     plan = _plan(clips, skip, classes, strict)
     built = not overwrite and _is_built(folder, plan)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -558,6 +559,13 @@ def test_bad_files_are_collected(tmp_path):
         build([ClipError("b", "line 1", "bad")], tmp_path / "t")
 
 
+def test_what_is_no_clip_is_said(tmp_path):
+    with pytest.raises(StoreError, match="got a dict where a Clip should be"):
+        build([clip("a"), {"joints": 1}], tmp_path / "s")
+    missing = clip("raw/S001C002P005R002A008.skeleton")
+    assert build([clip("a"), missing], tmp_path / "s").skipped == [missing.name]
+
+
 def test_damage_is_found(tmp_path):
     store = build(some(20), tmp_path / "s")
     for name in store.header["files"]:
@@ -589,7 +597,10 @@ def test_damage_is_found(tmp_path):
         ClipStore(tmp_path / "s")
 
 
-def test_existing_things_are_never_touched(tmp_path):
+def test_existing_things_are_never_touched(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StoreError, match="already exists"):
+        build(some(3), ".")
     build(some(3), tmp_path / "s")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("years")
@@ -682,6 +693,8 @@ def test_files_are_built_the_same_in_any_number_of_processes(tmp_path):
     )
     build(open_clips(source), tmp_path / "two", workers=2)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert files_of(build(str(source), tmp_path / "three").folder) == files_of(tmp_path / "one")  # a path will do
+    shutil.rmtree(tmp_path / "three")
     with pytest.raises(ClipError, match="line 9"):
         build(open_clips(source), tmp_path / "three", strict=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "raw", "two"]
