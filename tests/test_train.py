@@ -160,6 +160,17 @@ def test_finished_run_is_returned_at_once_and_another_config_is_refused(whole, m
     assert Run.load(whole.folder).config == whole.config
 
 
+def test_a_run_is_known_by_its_data_not_by_where_they_lie(tmp_path, whole):
+    config = tiny(tmp_path / "d", epochs=1)
+    first = run(config, TinyStore(), progress=False)
+    assert run(config.replace(data="moved/nowhere"), TinyStore(), progress=False).top1 == first.top1
+    with pytest.raises(ConfigError, match="on other data"):
+        run(config, TinyStore(n=21), progress=False)
+    stage = config.replace(model="stf", losses="", init=str(first.folder))
+    assert not train.same_config(stage, stage.replace(init=f"elsewhere/{first.folder.name}"))
+    assert train.same_config(stage, stage.replace(init="elsewhere/other")) == ["init"]
+
+
 def test_validation_clips_leave_the_training_set(tmp_path):
     store = TinyStore()
     config = tiny(tmp_path / "v", validation=0.3, evaluate_every=2, epochs=2)
