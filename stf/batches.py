@@ -59,7 +59,7 @@ def pack_clip(
     visible = np.concatenate([clip.visible[m, p] for m, p in enumerate(pieces)])
     return tracks, joints, visible
 
-# %% ../nbs/03b_batches.ipynb #5883ce60
+# %% ../nbs/03b_batches.ipynb #e699f39a
 @dataclass
 class PackedClips:
     "N clips as rows: R rows, K tracks. Rows may lie in memory, in a file (memory-mapped), or on a device."
@@ -96,7 +96,8 @@ class PackedClips:
                 if torch.is_tensor(a)
                 else torch.from_numpy(np.take(a, rows, axis=0))
             )
-            out.append(a.float() / unit if unit != 1 else a.float())
+            a = a.float()
+            out.append(a / torch.full((), float(unit), device=a.device) if unit != 1 else a)
         return out
 
 # %% ../nbs/03b_batches.ipynb #49758e13
