@@ -347,7 +347,7 @@ class NpyArrays:
         joints = joints if score is None else joints[..., :2]
         return dict(joints=joints, visible=score, name=self.names[i], label=labels[row], tags=tags, split=split)
 
-# %% ../nbs/01c_arrays.ipynb #953d5a84
+# %% ../nbs/01c_arrays.ipynb #cfb92989
 ARRAY_FORMS = (
     "pyskl: a .pkl with annotations (ntu60_3danno.pkl, k400_hrnet.pkl, …)",
     "CTR-GCN: an .npz with x_train, y_train, x_test, y_test (NTU60_CS.npz, …)",
@@ -366,7 +366,11 @@ def open_arrays(
     if path.is_dir():
         data = [p for p in sorted(path.glob("*_data*.npy")) if re.fullmatch(r"(train|val|test)_data(_joint)?\.npy", p.name.lower())]
         data = [p for p in data if "joint" in p.name] or data
-        return NpyArrays(sorted(data, key=lambda p: p.name[:5] != "train"), labels) if data else None
+        if data:
+            return NpyArrays(sorted(data, key=lambda p: p.name[:5] != "train"), labels)
+        alone = [p for p in sorted(path.iterdir()) if not p.name.startswith(".")]
+        one_file = len(alone) == 1 and alone[0].is_file() and alone[0].suffix.lower() in (".pkl", ".pickle", ".npz")
+        return open_arrays(alone[0], labels, num_joints) if one_file else None
     if ending == ".npy":
         return NpyArrays([path], labels)
     if ending == ".npz":

@@ -360,7 +360,7 @@ def read_kinetics(
     """
     return _parse_kinetics(*_source(source, name, 1 << 25), max_people=max_people)
 
-# %% ../nbs/02_clips.ipynb #06e3ae1e
+# %% ../nbs/02_clips.ipynb #4f87f78d
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
 _PLAIN_KEYS = ("joints", "visible", "label", "class_name", "skeleton", "name", *_PLAIN_TAGS)
 
@@ -378,6 +378,8 @@ def _scalar(arrays, key, kinds, path):
 def _parse_plain(data, path, name, skeleton=None):
     "A Clip of the bytes of an .npz in the plain form."
     arrays = read_npz(data, path)
+    if {"x_train", "x_test"} & set(arrays):
+        raise ClipError(path, "", "a whole data set in CTR-GCN's form: open this file by itself")
     for key in arrays:
         _expect(key in _PLAIN_KEYS, path, "", f"unknown key {show(key)}; known are {', '.join(_PLAIN_KEYS)}")
     _expect("joints" in arrays, path, "", f"no 'joints' in this file; it has {', '.join(map(show, arrays)) or 'nothing'}")

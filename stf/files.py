@@ -235,7 +235,18 @@ class TarArchive:
             raise ClipError(self.where(i), "", "can't be read from the archive: it ends in the middle of this file")
         return data
 
-# %% ../nbs/01b_files.ipynb #ae5bf51a
+# %% ../nbs/01b_files.ipynb #9d834d21
+def _is_tar(path):
+    "Whether a file, unpacked if it is compressed, begins with a tar header."
+    stream = _Unpacked(path)
+    with stream.file:
+        try:
+            tarfile.TarInfo.frombuf(stream.read(512), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return False
+    return True
+
+
 def open_files(
     path,  # a folder, a .zip, a .tar.*, or any other single file
 ):  # Folder, ZipArchive or TarArchive
@@ -251,7 +262,7 @@ def open_files(
         if path.suffix.lower() not in (".npz", ".npy", ".skeleton", ".json", ".pkl", ".pickle"):
             if zipfile.is_zipfile(path):
                 return ZipArchive(path)
-            if path.stat().st_size and tarfile.is_tarfile(path):
+            if path.stat().st_size and _is_tar(path):
                 return TarArchive(path)
         with open(path, "rb"):
             pass

@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+import zipfile
 from fractions import Fraction
 
 import numpy as np
@@ -360,6 +361,18 @@ def test_array_rows_of_a_lying_zip(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ClipError, match="needs|can't be read"):
         CtrGcnFile(path)
+
+
+def test_a_folder_with_one_file(tmp_path):
+    write_pyskl(tmp_path / "ntu60_3danno.pkl")
+    assert len(open_clips(tmp_path)) == 3
+    (tmp_path / "ntu60_3danno.pkl").unlink()
+    write_ctrgcn(tmp_path / "NTU60_CS.npz")
+    assert len(open_clips(tmp_path)) == 3
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as z:
+        z.write(tmp_path / "NTU60_CS.npz", "NTU60_CS.npz")
+    with pytest.raises(ClipError, match="by itself"):
+        open_clips(tmp_path / "packed.zip")[0]
 
 
 def test_what_is_nothing_of_the_kind(tmp_path):

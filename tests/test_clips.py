@@ -499,16 +499,19 @@ def test_huge_members_are_refused(tmp_path):
         open_clips(path)[0]
 
 
-def test_tar_bomb_is_refused(tmp_path):
-    path = tmp_path / "bomb.tar.xz"
-    with lzma.open(path, "wb", preset=0) as f:
-        info = tarfile.TarInfo("a.skeleton")
-        info.size = 600 << 20
-        f.write(info.tobuf())
-        for _ in range(600):
-            f.write(bytes(1 << 20))
-    with pytest.raises(ClipError, match=f"{MAX_RATIO} times"):
-        open_clips(path)
+def test_tar_bomb_is_refused(tmp_path, monkeypatch):
+    """It must stop long before its end: in a file's content, and in a header that claims to be long."""
+    monkeypatch.setattr("stf.files.RATIO_FROM", 1 << 22)
+    for kind, name in ((tarfile.REGTYPE, "a.skeleton"), (tarfile.XHDTYPE, "header")):
+        info = tarfile.TarInfo(name)
+        info.type, info.size = kind, 90 << 20
+        path = tmp_path / f"{name}.tar.xz"
+        with lzma.open(path, "wb", preset=0) as f:
+            f.write(info.tobuf())
+            for _ in range(90):
+                f.write(bytes(1 << 20))
+        with pytest.raises(ClipError, match=f"{MAX_RATIO} times|absurd length"):
+            open_clips(path)
 
 
 def test_links_and_devices_in_a_tar_are_no_files(tmp_path):
