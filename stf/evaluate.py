@@ -85,7 +85,7 @@ class Scores:
                 raise ValueError(f"{path}: not a file of scores, it lacks {', '.join(sorted(missing))}")
             return cls(z["names"].tolist(), z["labels"], z["probabilities"], z["classes"].tolist())
 
-# %% ../nbs/09_evaluate.ipynb #d2c4c282
+# %% ../nbs/09_evaluate.ipynb #d44d16a6
 def top_k(
     scores: Scores,  # N clips; those without a label are left out
     k: int = 1,  # how many of the most probable classes may be the true one
@@ -96,7 +96,7 @@ def top_k(
     known = scores.labels >= 0
     ranked = np.argsort(-scores.probabilities[known], axis=1, kind="stable")[:, :k]
     hits = (ranked == scores.labels[known, None]).any(axis=1)
-    return float(100 * hits.mean()) if len(hits) else float("nan")
+    return float(100 * hits.sum() / len(hits)) if len(hits) else float("nan")
 
 # %% ../nbs/09_evaluate.ipynb #e6efd4b0
 def _same(what, first, other):

@@ -10,7 +10,7 @@ __all__ = ['CHOICES', 'BENCHMARKS', 'SMALL', 'UCLA', 'OTHERS', 'ARCHITECTURE', '
            'end_epoch', 'held_interrupt', 'train_epochs', 'Run', 'only_one', 'same_config', 'run', 'Ensemble',
            'run_stf', 'publish']
 
-# %% ../nbs/10_train.ipynb #32fe29b7
+# %% ../nbs/10_train.ipynb #8428d91c
 import difflib
 import json
 import math
@@ -25,6 +25,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from dataclasses import replace as dataclass_replace
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -489,7 +490,7 @@ class Training:
         self.seconds = state["seconds"]
         return self
 
-# %% ../nbs/10_train.ipynb #caf91156
+# %% ../nbs/10_train.ipynb #9ea5208b
 def make_accelerator(
     device: str = "auto",  # auto, cpu or cuda
 ) -> Accelerator:
@@ -510,6 +511,7 @@ def environment(device=None) -> dict:
             "machine": platform.machine(), "processor": _processor()}  # fmt: skip
 
 
+@lru_cache(maxsize=1)
 def _processor():
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -518,6 +520,7 @@ def _processor():
         return platform.processor()
 
 
+@lru_cache(maxsize=1)
 def git_commit() -> str | None:
     "Commit of the checkout this package runs from ('+' after it: with changes to the package); None if it runs from no checkout."
     here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
