@@ -6,7 +6,7 @@
 __all__ = ['COMMANDS', 'WITH_CONFIG', 'prepare', 'info', 'train', 'run_ablation', 'evaluate', 'run_demo', 'named_config', 'call',
            'main']
 
-# %% ../nbs/15_cli.ipynb #e2e2f664
+# %% ../nbs/15_cli.ipynb #45866c6f
 import json
 import sys
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from .clips import ClipError, open_clips
 from .dataset import ClipStore, StoreError
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
 from .experiments import ablation, demo, table5
+from .predict import predict_command
 from .train import Config, ConfigError, Run, load_checkpoint, preset, presets, run, run_stf
 
 # %% ../nbs/15_cli.ipynb #cbb0da91
@@ -163,7 +164,7 @@ def run_demo(
     """
     demo(folder)
 
-# %% ../nbs/15_cli.ipynb #be5c86cd
+# %% ../nbs/15_cli.ipynb #9a12a591
 def named_config(
     name: str,  # preset, run's folder or path of a config.json
 ) -> Config:
@@ -176,7 +177,7 @@ def named_config(
     return config if path.name != "config.json" else config.replace(folder=str(path.parent))
 
 
-COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "info": info}
+COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "predict": predict_command, "info": info}
 WITH_CONFIG = ("train", "ablation")
 
 
