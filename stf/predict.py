@@ -595,7 +595,7 @@ def _write_movie(prediction, path, movie):
     except OSError as e:
         raise ConfigError(f"{path} can't be written: {e.strerror or e}") from None
 
-# %% ../nbs/12_predict.ipynb #63a8ec8b
+# %% ../nbs/12_predict.ipynb #a5fc9258
 def _sentence(error):
     "A message in one line."
     return " ".join(str(error).partition(" Known are\n")[0].split())
@@ -605,7 +605,7 @@ def _open_recordings(path, kind, skeleton, labels, ask):
     if skeleton and skeleton != "checkpoint" and skeleton not in SKELETONS:
         raise ConfigError(f"--skeleton {skeleton!r} is not known; known are checkpoint (its own), {', '.join(SKELETONS)}")
     body = ask.skeleton if skeleton == "checkpoint" else SKELETONS.get(skeleton)
-    return open_clips(path, kind=kind or None, skeleton=body, labels=labels or None)
+    return open_clips(path, kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
 
 
 def _show(text):
@@ -649,7 +649,7 @@ def _summary(records, failed):
     right = f"; {sum(known)} of {len(known)} with a known label are right ({100 * sum(known) / len(known):.1f} %)" if known else ""
     return f"{len(records):,} answered, {len(failed):,} failed{right}"
 
-# %% ../nbs/12_predict.ipynb #bd3182a6
+# %% ../nbs/12_predict.ipynb #3bd2d9d6
 def predict_command(
     path: Positional[str],
     checkpoint: tuple[str, ...] = (),
@@ -661,7 +661,7 @@ def predict_command(
     batch_size: int = 32,
     device: str = "auto",
     skeleton: str = "",
-    kind: Literal["", "ntu", "ucla", "kinetics", "plain"] = "",
+    kind: Literal["auto", "ntu", "ucla", "kinetics", "plain"] = "auto",
     labels: str = "",
 ):
     """What is being done in recordings: a table, JSON, CSV, animations with focus.
@@ -679,7 +679,7 @@ def predict_command(
         batch_size: recordings at a time; less takes less memory
         device: auto (the GPU if there is one), cpu or cuda
         skeleton: body layout of files that don't say it: a known name, or 'checkpoint' for the network's own
-        kind: what one-file-a-recording input is; default: found out
+        kind: what the files are; auto: found out
         labels: label list (Kinetics) or label file (.npy); default: looked for beside the input
     """
     try:

@@ -402,6 +402,19 @@ def test_terminals_without_blocks_get_plain_bars(nets, raw, monkeypatch):
     assert b"#" in stream.buffer.getvalue()
 
 
+def test_as_typed(nets, raw, monkeypatch, capsys):
+    """Through the `stf` command itself: several checkpoints after one option, and exit codes that reach the shell."""
+    from stf.cli import main
+
+    monkeypatch.setattr("sys.argv", ["stf", "predict", str(raw), "--checkpoint", nets["joint"], nets["bone"], "--json", "-"])
+    main()
+    assert json.loads(capsys.readouterr().out)["checkpoints"] == [nets["joint"], nets["bone"]]
+    monkeypatch.setattr("sys.argv", ["stf", "predict", "nowhere", "--checkpoint", nets["joint"]])
+    with pytest.raises(SystemExit) as e:
+        main()
+    assert e.value.code == 2
+
+
 def test_animations(nets, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("two").mkdir()
