@@ -101,14 +101,14 @@ def record_scores(
     "The probabilities that belong to a record."
     return Scores.load(Path(record["path"]).with_name(record["scores"]))
 
-# %% ../nbs/11_experiments.ipynb #83a57e63
+# %% ../nbs/11_experiments.ipynb #e7ddc0e2
 def _held(path, config):
     "The record at a path if it is there and was made with this configuration; ConfigError if with another one."
     if not path.exists():
         return None
     record = json.loads(path.read_text())
     held = Config.from_json(json.dumps(record["config"]))
-    if differ := [k for k in same_config(held, config) if k != "init"]:
+    if differ := [k for k in same_config(held, config) if k != "init"] or ["data"] * (Path(held.data).name != Path(config.data).name):
         told = ", ".join(f"{k} {getattr(held, k)!r} (now {getattr(config, k)!r})" for k in differ)
         raise ConfigError(f"{path} was recorded with other settings: {told}. Use another name, or another results folder, or delete it")
     return {**record, "path": str(path)}
