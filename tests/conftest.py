@@ -2,7 +2,9 @@
 import os
 from pathlib import Path
 
-import pytest
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a worker: pytest -n 2 fills two cores
+
+import pytest  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
