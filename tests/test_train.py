@@ -266,7 +266,15 @@ def test_nan_names_the_clips_and_leaves_the_last_checkpoint(tmp_path):
     assert same(weights(run(config, store, progress=False).folder), weights(run(tiny(tmp_path / "w"), store, progress=False).folder))
 
 
-def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, capsys):
+@pytest.fixture
+def interruptible():
+    """A process started in the background may ignore Ctrl-C; this one listens."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, capsys, interruptible):
     class Pressing(TinyStore):
         calls = 0
 
