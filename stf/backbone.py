@@ -7,8 +7,7 @@ __all__ = ['normalise', 'channels_last', 'MLP', 'MultiScaleGraphConv', 'window_a
            'G3DPathway', 'MultiWindowG3D', 'MultiScaleTemporalConv', 'Features', 'count_channels', 'MSG3D',
            'load_msg3d']
 
-# %% ../nbs/05_backbone.ipynb #51f4915b
-import math
+# %% ../nbs/05_backbone.ipynb #8558053f
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .skeleton import SKELETONS, Skeleton, multi_scale_adjacency
+from .skeleton import Skeleton, multi_scale_adjacency
 
 # %% ../nbs/05_backbone.ipynb #7a49d243
 def normalise(bn, x, running=False):

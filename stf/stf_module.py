@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'Beta', 'time_cells', 'Alpha', 'STFModule', 'STFNet', 'adjacency_statistics', 'save_network', 'read_header',
            'load_network']
 
-# %% ../nbs/06_stf_module.ipynb #4554683b
+# %% ../nbs/06_stf_module.ipynb #6569c58a
 import json
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .backbone import MSG3D, load_msg3d, normalise
+from .backbone import MSG3D, normalise
 from .skeleton import Skeleton
 
 # %% ../nbs/06_stf_module.ipynb #52144588
