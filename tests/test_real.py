@@ -47,17 +47,17 @@ def test_truncated_files_are_refused_by_name_and_line(real_data):
             read_ntu(path)
 
 
-def fit(store, labels, steps):
-    "Accuracy on the training clips themselves after some steps."
+def fit(store, labels, steps=440):
+    "Accuracy on the training clips themselves (main body only) after some steps."
     torch.manual_seed(0)
-    net = STFNet(len(store.classes), store.skeleton, 4, 2, widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,))
-    x = store.batch(range(len(store)), length=32).x
+    net = STFNet(len(store.classes), store.skeleton, 3, 1, widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,))
+    x = store.batch(range(len(store)), preprocess="msg3d", length=32, num_bodies=1).x
     labels = torch.as_tensor(labels)
-    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
     order = torch.Generator().manual_seed(0)
     for step in range(steps):
-        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
-        batch = torch.randperm(len(x), generator=order)[:29]
+        optimizer.param_groups[0]["lr"] = 1e-3 * min(1, 1.5 * (1 - step / steps))
+        batch = torch.randperm(len(x), generator=order)[:16]
         loss = F.cross_entropy(net(x[batch]), labels[batch])
         optimizer.zero_grad(); loss.backward(); optimizer.step()
     with torch.no_grad():
@@ -71,4 +71,6 @@ def test_ntu120_files_can_be_fitted(real_data, tmp_path, shuffled):
     store = ClipStore.build(open_clips(real_data / "ntu120-raw" / "ntu120_116.tar.xz"), tmp_path / "store", progress=False)
     assert len(store) == 116 and len(store.classes) == 29
     labels = np.random.default_rng(0).permutation(store.labels) if shuffled else store.labels
-    assert fit(store, labels, steps=400 if shuffled else 240) >= 0.95
+    accuracy = fit(store, labels)
+    print(f"{'shuffled' if shuffled else 'true'} labels: {accuracy:.1%}")
+    assert accuracy >= 0.95
