@@ -575,6 +575,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'stf.stf_module.STFNet.adjacencies': ('stf_module.html#stfnet.adjacencies', 'stf/stf_module.py'),
                                 'stf.stf_module.adjacency_statistics': ('stf_module.html#adjacency_statistics', 'stf/stf_module.py'),
                                 'stf.stf_module.load_network': ('stf_module.html#load_network', 'stf/stf_module.py'),
+                                'stf.stf_module.network_class': ('stf_module.html#network_class', 'stf/stf_module.py'),
+                                'stf.stf_module.network_name': ('stf_module.html#network_name', 'stf/stf_module.py'),
                                 'stf.stf_module.read_header': ('stf_module.html#read_header', 'stf/stf_module.py'),
                                 'stf.stf_module.save_network': ('stf_module.html#save_network', 'stf/stf_module.py'),
                                 'stf.stf_module.time_cells': ('stf_module.html#time_cells', 'stf/stf_module.py')},

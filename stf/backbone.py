@@ -281,13 +281,16 @@ def count_channels(in_channels):
     "Channels that data_bn normalises: all, but not the visibility that follows x, y, z."
     return 3 if in_channels == 4 else in_channels
 
-# %% ../nbs/05_backbone.ipynb #7284e694
+# %% ../nbs/05_backbone.ipynb #0e30f76a
 class MSG3D(nn.Module):
     """MS-G3D (Liu et al., CVPR 2020), the backbone of STF: (N,C,T,V,M) → (N,classes).
 
     Bodies that are absent are all zeros in x. With in_channels=4 the last channel is the visibility, which goes around data_bn.
     Raises ValueError for widths that six branches can't share and for an input of another shape than promised.
     """
+
+    # constructor arguments beside the skeleton, kept as attributes: what a checkpoint must say to build the network again
+    SIZES = ("num_classes", "in_channels", "num_bodies", "widths", "gcn_scales", "g3d_scales", "windows", "exact")
 
     def __init__(
         self,
