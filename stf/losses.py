@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_SHAPE', 'map_distance', 'adjacency_loss', 'mask_input', 'exploration_loss', 'divergence_loss', 'coherence_loss',
-           'LossWeights', 'STFLoss']
+           'LossWeights', 'shuffle_focus', 'permute_focus', 'STFLoss']
 
 # %% ../nbs/08_losses.ipynb #3a5f10eb
 from dataclasses import dataclass
@@ -48,14 +48,19 @@ def adjacency_loss(
     losses = [map_distance(beta.to(q.dtype), resample_focus(q, beta.shape[2]), present, norm) for beta in betas]
     return torch.stack(losses).mean()
 
-# %% ../nbs/08_losses.ipynb #83ce4b5f
+# %% ../nbs/08_losses.ipynb #14609c17
 def mask_input(
     x: torch.Tensor,  # (N,C,T,V,M)
     q: torch.Tensor,  # (N,M,T',V) in 0..1
+    channels: str = "all",  # or "coordinates": the last channel, visibility or score, stays as it is
 ) -> torch.Tensor:  # (N,C,T,V,M)
-    "X − Q⊙X, all channels (Eq. 3); Q is resampled to T frames."
+    "X − Q⊙X, all channels (Eq. 3); Q is resampled to T frames. Raises ValueError for other channels."
     q = resample_focus(q, x.shape[2]).permute(0, 2, 3, 1).unsqueeze(1).to(x.dtype)  # N,1,T,V,M
-    return x - q * x
+    if channels == "all":
+        return x - q * x
+    if channels == "coordinates":
+        return torch.cat([x[:, :-1] - q * x[:, :-1], x[:, -1:]], 1)
+    raise ValueError(f'channels must be "all" or "coordinates", got {channels!r}')
 
 
 def exploration_loss(
@@ -104,7 +109,25 @@ class LossWeights:
 
 _COHERENCE = {"pathways": ("sgcn3", "gcn3d3"), "blocks": ("block2", "block3")}
 
-# %% ../nbs/08_losses.ipynb #debeb2ec
+# %% ../nbs/08_losses.ipynb #824b14d8
+def shuffle_focus(
+    q: torch.Tensor,  # (N,M,T',V)
+) -> torch.Tensor:  # (N,M,T',V)
+    "Each clip gets its neighbour's focus, the first one the last's. A batch of one clip keeps its own."
+    return q.roll(1, dims=0)
+
+
+def permute_focus(
+    q: torch.Tensor,  # (N,M,T',V)
+    present: torch.Tensor,  # (N,M) bool
+) -> torch.Tensor:  # (N,M,T',V)
+    "A clip's values at random places of its present bodies (torch's random numbers); 0 on the absent ones. Gradient flows through the values."
+    here = present[:, :, None, None].expand_as(q).flatten(1)
+    places = (~here).to(torch.uint8).argsort(dim=1, stable=True)  # those of present bodies first
+    values = q.flatten(1).gather(1, (torch.rand(here.shape, device=q.device) + 2 * ~here).argsort(dim=1))
+    return torch.zeros_like(values).scatter(1, places, values).view_as(q)
+
+# %% ../nbs/08_losses.ipynb #e61c0bb8
 class STFLoss(nn.Module):
     """The paper's objective (Eq. 6) for a network that speaks the protocol of `stf.focus`.
 
@@ -120,18 +143,23 @@ class STFLoss(nn.Module):
         norm: str = "frobenius",  # of differences of maps, or "rms"
         coherence: str = "pathways",  # which modules L_c ties, or "blocks"
         guide: bool = False,  # L_c: the higher module (the last named) is a target
+        mask: str = "all",  # channels that L_e hides, or "coordinates": visibility stays
+        control: str = "",  # "shuffled": L_Gk with the neighbour's focus; "random": L_e with the focus at random places
     ):
         super().__init__()
         if coherence not in _COHERENCE:
             raise ValueError(f"coherence must be one of {sorted(_COHERENCE)}, got {coherence!r}")
+        if control not in ("", "shuffled", "random"):
+            raise ValueError(f'control must be "", "shuffled" or "random", got {control!r}')
         if weights.g and not hasattr(net, "stf"):
             raise ValueError("λ_g > 0 needs a network with STF modules (STFNet): this one has no β")
         self.net, self.weights, self.score, self.norm = net, weights, score, norm
         self.names, self.guide = getattr(net, "coherence_modules", _COHERENCE)[coherence], guide
+        self.mask, self.control = mask, control
 
     def exploration(self, x, q, classes):
         "L_e: the masked input once more through the network, in running statistics."
-        return exploration_loss(self.net.head(self.net.features(mask_input(x, q), running=True).last), classes)
+        return exploration_loss(self.net.head(self.net.features(mask_input(x, q, self.mask), running=True).last), classes)
 
     def coherence(self, f, classes):
         "L_c of the two named modules; they are asked together if they enter the network together, else one by one."
@@ -154,12 +182,12 @@ class STFLoss(nn.Module):
         if w.e or w.d or w.g:
             q = grad_cam(f, self.net.head, first, self.score)
         if w.e:
-            terms["e"] = self.exploration(x, q, first)
+            terms["e"] = self.exploration(x, permute_focus(q, f.present) if self.control == "random" else q, first)
         if w.d:
             terms["d"] = divergence_loss(q, grad_cam(f, self.net.head, second, self.score), f.present, self.norm)
         if w.c:
             terms["c"] = self.coherence(f, first)
         if w.g:
-            terms["g"] = adjacency_loss(f.beta, q, f.present, self.norm)
+            terms["g"] = adjacency_loss(f.beta, shuffle_focus(q) if self.control == "shuffled" else q, f.present, self.norm)
         loss = terms["ce"] + sum(getattr(w, k) * v for k, v in terms.items() if k != "ce")
         return {"loss": loss, **terms, "logits": logits.detach()}

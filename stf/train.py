@@ -53,7 +53,7 @@ except ImportError:  # Windows
     fcntl = None
     import msvcrt
 
-# %% ../nbs/10_train.ipynb #bac5f0fa
+# %% ../nbs/10_train.ipynb #377191ee
 class ConfigError(ValueError):
     "A configuration that cannot be meant: an unknown key or preset, or a value out of range."
 
@@ -65,6 +65,8 @@ CHOICES = {
     "score": ("probability", "logit"),
     "norm": ("frobenius", "rms"),
     "coherence": ("pathways", "blocks"),
+    "mask": ("all", "coordinates"),
+    "control": ("", "shuffled", "random"),
     "device": ("auto", "cpu", "cuda"),
 }  # fmt: skip
 
@@ -110,6 +112,8 @@ class Config:
     norm: str = "frobenius"  # of the focus losses: frobenius or rms
     coherence: str = "pathways"  # which maps the coherence loss ties: pathways or blocks
     guide: bool = False  # coherence: the higher map is a target
+    mask: str = "all"  # channels that the exploration loss hides: all or coordinates (visibility stays)
+    control: str = ""  # a blinded loss: shuffled (adjacency, focus of another clip) or random (exploration, focus at random places)
     init: str | None = None  # checkpoint or run to start from; None: from scratch
     stf_lr: float = 1e-3  # initial learning rate of a second stage that starts from this run
     stf_epochs: int = 50  # its epochs (not in the paper; as many as the first)
@@ -118,6 +122,7 @@ class Config:
     evaluate_every: int = 0  # test curve: also score the test split every so many epochs (never used to choose)
     save_every: int = 0  # checkpoint every so many steps too; 0: after each epoch
     seed: int = 0  # of the weights and the order of the clips
+    order: int = 0  # another order of the clips with the same seed
     device: str = "auto"  # auto, cpu or cuda
 
     def __new__(cls, *args, **values):
@@ -166,7 +171,7 @@ class Config:
             raise ConfigError(f"this configuration has version {version}; this stf ({__version__}) reads version 1")
         return cls(**values)
 
-# %% ../nbs/10_train.ipynb #47b2aaaa
+# %% ../nbs/10_train.ipynb #e8fde376
 def _check_keys(values):
     known = [f.name for f in fields(Config)]
     for key in values:
@@ -205,7 +210,7 @@ def _check_values(config):
     for name in ("length", "num_bodies", "gcn_scales", "g3d_scales", "epochs", "batch_size", "stf_epochs"):
         if getattr(config, name) < 1:
             raise ConfigError(f"{name} must be at least 1, got {getattr(config, name)}")
-    for name in ("lr", "stf_lr", "decay", "momentum", "weight_decay", "seed", "evaluate_every", "save_every",
+    for name in ("lr", "stf_lr", "decay", "momentum", "weight_decay", "seed", "order", "evaluate_every", "save_every",
                  "lambda_e", "lambda_d", "lambda_c", "lambda_g"):  # fmt: skip
         if getattr(config, name) < 0:
             raise ConfigError(f"{name} must not be negative, got {getattr(config, name)}")
@@ -220,6 +225,8 @@ def _check_values(config):
         raise ConfigError(f"validation is a share of the training clips, from 0 to below 1; got {config.validation}")
     if config.losses is not None and (extra := set(config.losses) - set("edcg")):
         raise ConfigError(f"losses are letters of 'edcg'; unknown: {', '.join(sorted(extra))}")
+    if config.mask == "coordinates" and config.preprocess == "msg3d":
+        raise ConfigError("mask='coordinates' needs a visibility channel: preprocess='paper'")
     if config.model == "msg3d" and config.loss_weights.g:
         raise ConfigError("the adjacency loss (g) needs model='stf': MS-G3D has no β and no G")
 
@@ -536,7 +543,7 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
-# %% ../nbs/10_train.ipynb #2c02f8f1
+# %% ../nbs/10_train.ipynb #12c9ec5e
 def splits(
     store,  # ClipStore
     config: Config,
@@ -567,7 +574,8 @@ def begin(
     if config.init:
         start_from(net, config.init, header)
     net = net.to(accelerator.device)
-    loss = STFLoss(net, config.loss_weights, score=config.score, norm=config.norm, coherence=config.coherence, guide=config.guide)
+    loss = STFLoss(net, config.loss_weights, score=config.score, norm=config.norm, coherence=config.coherence, guide=config.guide,
+                   mask=config.mask, control=config.control)  # fmt: skip
     optimizer = make_optimizer(net, config)
     loss = accelerator.prepare_model(loss)
     return Training(config, store, train, val, test, header, accelerator, net, loss, optimizer)
@@ -623,7 +631,7 @@ def end_epoch(t: Training) -> dict:
     t.history.append(line)
     return line
 
-# %% ../nbs/10_train.ipynb #77a6a26b
+# %% ../nbs/10_train.ipynb #bddbaaf2
 @contextmanager
 def held_interrupt():
     "Collect the first Ctrl-C in the list that is given out; raise KeyboardInterrupt at the second. Main thread only, else nothing is held."
@@ -660,7 +668,7 @@ def train_epochs(
             if t.step == 0:
                 torch.manual_seed(int(np.random.SeedSequence([c.seed, t.epoch]).generate_state(1)[0]))
             t.net.train()
-            for indices in epoch_batches(t.train, c.batch_size, c.seed, t.epoch)[t.step :]:
+            for indices in epoch_batches(t.train, c.batch_size, c.seed + 1_000_003 * c.order, t.epoch)[t.step :]:
                 train_step(t, indices)
                 bar.update()
                 if progress:
@@ -679,7 +687,7 @@ def train_epochs(
                 if key != "epoch":
                     board.add_scalar(key, value, line["epoch"])
 
-# %% ../nbs/10_train.ipynb #47dad131
+# %% ../nbs/10_train.ipynb #212e6653
 @dataclass
 class Run:
     "A finished training."
@@ -712,6 +720,7 @@ class Run:
 @contextmanager
 def only_one(
     folder,  # created if needed
+    wait: bool = True,  # False: BlockingIOError if another process holds it
 ):
     "Hold a folder for this process; another one that wants it waits. The lock ends with the process, however it ends."
     folder = Path(folder)
@@ -719,6 +728,8 @@ def only_one(
     with open(folder / ".lock", "a+") as f:
         told = False
         while not _lock(f):
+            if not wait:
+                raise BlockingIOError(f"another process is at work in {folder}")
             if not told:
                 print(f"waiting for another process that is at work in {folder}", file=sys.stderr)
             told = True
@@ -792,13 +803,14 @@ def run(
     config: Config,
     store=None,  # an open ClipStore; None: the one in config.data
     progress: bool = True,  # show progress bars
+    wait: bool = True,  # for another process that is at work on it; False: BlockingIOError
 ) -> Run:
     """One training from its configuration: the same numbers for the same seed (CPU, same machine type, torch and thread count).
 
     Called again on a finished run it returns it; on one that was stopped or killed it goes on where that was.
     ConfigError if the folder holds another configuration; FloatingPointError, naming the clips, if the loss is not finite.
     """
-    with only_one(config.run_folder) as folder:
+    with only_one(config.run_folder, wait) as folder:
         _clean(folder)
         _claim(config, folder)
         finished = (folder / "run.json").exists()
