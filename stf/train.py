@@ -95,6 +95,7 @@ class Config:
     g3d_scales: int = 6  # scales of the windowed ones
     windows: tuple[int, ...] = (3, 5)  # frames of their windows
     exact: bool = True  # A_k links joints at exactly k hops; False: at most k
+    dropout: float = 0.5  # share of the features that training leaves out, in networks that do so (stgcn)
     epochs: int = 50  # times through the training clips
     batch_size: int = 32  # clips a step, at most
     lr: float = 0.05  # initial learning rate
