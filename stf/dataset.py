@@ -8,7 +8,7 @@ __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'NTU_TRAINING_SUBJECTS', '
            'join_shards', 'protocol_name', 'name_tags', 'protocol_side', 'StoredClips', 'ClipStore', 'read_header',
            'check_files', 'build_store', 'split_sides', 'validation_split', 'fraction']
 
-# %% ../nbs/04_dataset.ipynb #a62bb7d6
+# %% ../nbs/04_dataset.ipynb #10fd4208
 import hashlib
 import itertools
 import json
@@ -35,6 +35,7 @@ try:
 except ImportError:  # Windows: builds go without a lock
     fcntl = None
 
+from .augment import Augment
 from .batches import Batch, PackedClips, make_batch, pack_clip, unpack_clip
 from .clips import Clip, ClipError, ntu_missing_skeletons, open_clips, parse_ntu_name
 from .skeleton import Skeleton
@@ -422,7 +423,7 @@ def protocol_side(
         return "test" if tags.get("view", tags.get("camera")) == 3 else "train"
     return None
 
-# %% ../nbs/04_dataset.ipynb #ec21c330
+# %% ../nbs/04_dataset.ipynb #0945e717
 class StoredClips:
     "A store's files, opened: names, labels, and clips by number. Raises StoreError if the store is damaged."
 
@@ -444,7 +445,7 @@ class StoredClips:
         self.packed = PackedClips(
             load("joints", "r"), load("visible", "r"), load("tracks").astype(np.int64),
             np.concatenate([[0], np.cumsum(bodies)]), self.frames, self.labels, self.skeleton,
-            header["units"]["joints"], header["units"]["visible"],
+            header["units"]["joints"], header["units"]["visible"], header.get("preprocessed", ""),
         )  # fmt: skip
         self._on_device, self._about = None, None
 
@@ -471,7 +472,7 @@ class StoredClips:
         label = int(self.class_labels[self.labels[i]])
         return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-# %% ../nbs/04_dataset.ipynb #54204364
+# %% ../nbs/04_dataset.ipynb #0b5e3dbc
 class ClipStore(StoredClips):
     "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
@@ -490,6 +491,9 @@ class ClipStore(StoredClips):
         device=None,  # default: where `to` has put the rows, else the CPU
         dtype: torch.dtype = torch.float32,  # of x
         bodies: str = "spread",  # which bodies 'paper' chooses in 3D: spread, presence, motion or denoise
+        time: str = "repeat",  # or resize
+        augment: Augment | None = None,  # random variants, for training
+        seed=None,  # of the variants: whole numbers, (seed, epoch)
     ) -> Batch:
         "x (N,C,T,V,M) and y (N,), as `make_batch` makes them."
         packed = self._on_device
@@ -497,7 +501,7 @@ class ClipStore(StoredClips):
             device is not None and torch.empty(0, device=device).device != packed.joints.device
         ):
             packed = self.packed
-        return make_batch(packed, indices, stream, preprocess, length, num_bodies, device, dtype, bodies)
+        return make_batch(packed, indices, stream, preprocess, length, num_bodies, device, dtype, bodies, time, augment, seed)
 
     def split(
         self,
