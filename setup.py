@@ -22,7 +22,7 @@ setup(
     package_data={"stf": ["*.json", "*.txt", "*.mplstyle"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    extras_require={name.removesuffix("_requirements"): cfg[name].split() for name in cfg if name.endswith("_requirements")},
     entry_points={
         "console_scripts": ["stf=stf.cli:main"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
