@@ -22,6 +22,7 @@ from .dataset import ClipStore, StoreError
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
 from .experiments import ablation, demo, table5
 from .predict import predict_command
+from .stgcn import STGCN  # noqa: F401 (importing it enters its name in NETWORKS)
 from .train import Config, ConfigError, Run, load_checkpoint, preset, presets, run, run_stf
 
 # %% ../nbs/15_cli.ipynb #cbb0da91
