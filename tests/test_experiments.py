@@ -14,7 +14,8 @@ import torch
 
 from stf import cli, experiments
 from stf.evaluate import Scores, average
-from stf.experiments import ROWS, ablation, load_records, paper_table, record_scores, row_config, table5, telling_clip, write_record
+from stf.experiments import (CONTRASTS, CONTROLS, READINGS, ROWS, TABLE5, ablation, gains, load_records, make_records, paper_table, record_path,
+                             record_scores, row_config, row_jobs, table5, telling_clip, write_record)  # fmt: skip
 from stf.train import Config, ConfigError, Run
 from test_train import TinyStore, tiny
 
@@ -63,7 +64,7 @@ def test_ablation_makes_the_rows_of_table_5(made):
         assert r["experiment"] == "ablation" and r["seed"] == 0 and r["threads"] == 1
         assert record_scores(r).names == [f"clip{i}" for i in range(14, 20)]
     of = {r["row"]: r for r in records}
-    used = {row: set(of[row]["history"][0]) & set("edcg") for row in ROWS}
+    used = {row: set(of[row]["history"][0]) & set("edcg") for row in TABLE5 if row != "M5"}
     assert used == {"M1": set(), "M2": set("c"), "M3": set("cd"), "M4": set("cdg"), "Le": set("e")}
     both = average(record_scores(of["M4"]), record_scores(of["Le"]))
     assert np.allclose(record_scores(of["M5"]).probabilities, both.probabilities) and of["M5"]["average"] == ["M4-seed0", "Le-seed0"]
@@ -89,7 +90,7 @@ def test_records_of_other_settings_are_not_reused(made):
     folder, _ = made
     with pytest.raises(ConfigError, match="recorded with other settings: lr 0.05 .now 0.01."):
         ablation(quick(folder / "run", lr=0.01), results=folder / "results", progress=False)
-    with pytest.raises(ConfigError, match="no row 'M7'"):
+    with pytest.raises(ConfigError, match="no row .M7."):
         ablation(quick(folder / "run"), rows=["M7"])
 
 
@@ -108,10 +109,10 @@ BOTH = """
     begin = train.begin
     def noted(config, *args):
         with open({log!r}, "a") as f:
-            f.write(config.name + chr(10))
+            f.write(config.name + str(config.seed) + " " + str(__import__("os").getpid()) + chr(10))
         return begin(config, *args)
     train.begin = noted
-    t.ablation(t.quick({folder!r} + "/run"), results={folder!r} + "/results", store=t.TinyStore(), progress=False)
+    t.ablation(t.quick({folder!r} + "/run"), (0, 1), results={folder!r} + "/results", store=t.TinyStore(), progress=False)
 """
 
 
@@ -121,11 +122,13 @@ def test_two_calls_at_once_share_the_work(tmp_path, made):
     two = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(2)]
     errors = [p.communicate(timeout=300)[1] for p in two]
     assert [p.returncode for p in two] == [0, 0], errors
-    assert sorted((tmp_path / "log").read_text().split()) == sorted(f"tiny{t}" for t in ("", "-stf-c", "-stf-dc", "-stf-dcg", "-stf-e"))
+    log = [line.split() for line in (tmp_path / "log").read_text().splitlines()]
+    assert sorted(name for name, _ in log) == sorted(f"tiny{t}{seed}" for t in ("", "-stf-c", "-stf-dc", "-stf-dcg", "-stf-e") for seed in (0, 1))
+    assert len({pid for _, pid in log}) == 2 and not any("waiting" in e for e in errors)  # each took some, none waited
     records = load_records(tmp_path / "results")
     expected = {r["row"]: record_scores(r).probabilities for r in made[1]}
-    assert {r["row"] for r in records} == set(expected)
-    assert all(np.array_equal(record_scores(r).probabilities, expected[r["row"]]) for r in records)
+    assert {(r["row"], r["seed"]) for r in records} == {(row, seed) for row in expected for seed in (0, 1)}
+    assert all(np.array_equal(record_scores(r).probabilities, expected[r["row"]]) for r in records if r["seed"] == 0)
     assert not [p for p in (tmp_path / "results").rglob("*") if p.name.endswith(".new")]
 
 
@@ -168,8 +171,107 @@ def test_a_record_is_whole_or_not_there(tmp_path, monkeypatch):
 
 def test_seeds_have_folders_of_their_own(tmp_path):
     config = quick(tmp_path / "r")
-    assert len({row_config(config, row, seed).run_folder for row in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
-    assert len({row_config(config.replace(folder=""), row, seed).run_folder for row in ROWS for seed in (0, 1)}) == 2 * len(ROWS)
+    trained = [row for row in ROWS if not ROWS[row].average and row not in ("Lc", "Le-coordinates")]  # L_c alone is M2; this set has no visibility
+    for c in (config, config.replace(folder="")):
+        assert len({row_config(c, row, seed).run_folder for row in trained for seed in (0, 1)}) == 2 * len(trained)
+        assert row_config(c, "Lc", 0) == row_config(c, "M2", 0)
+
+
+def test_folders_and_configurations_of_table_5_are_as_they_were():
+    """Records and runs made before there were controls stay valid."""
+    config = Config(name="x", folder="")
+    assert [str(row_config(config, row, 2).run_folder) for row in ("M1", "M2", "M3", "M4", "Le")] == [
+        f"data/runs/x{tail}-seed2" for tail in ("", "-stf-c", "-stf-dc", "-stf-dcg", "-stf-e")]
+    assert row_config(config, "M4", 2) == config.replace(seed=2).second_stage("dcg")
+
+
+def test_controls_differ_from_what_they_control_in_one_thing(tmp_path):
+    base = quick(tmp_path / "r")
+    config = {row: row_config(base, row, 0) for row in ROWS if not ROWS[row].average and row != "Le-coordinates"}
+    differ = lambda a, b: {f.name for f in fields(Config) if getattr(config[a], f.name) != getattr(config[b], f.name)} - {"name", "folder"}
+    assert differ("CE", "CE2") == {"order"} and differ("CE", "STF-CE") == {"model"} and differ("STF-CE", "Ld") == {"losses"}
+    assert differ("Lg", "Lg-shuffled") == differ("Le", "Le-random") == {"control"}
+    assert differ("M4", "M4-blocks") == {"coherence"} and differ("M4", "M4-guide") == {"guide"} and differ("M4", "M4-logit") == {"score"}
+    assert differ("M4", "M4-rms") == {"norm"} and differ("M1", "M1-atmost") == {"exact"} and differ("M4", "M4-atmost") == {"exact", "init"}
+    assert config["CE"].init == config["M4"].init == str(config["M1"].run_folder) and config["M4-atmost"].init == str(config["M1-atmost"].run_folder)
+    assert row_config(base.replace(preprocess="paper"), "Le-coordinates", 0).mask == "coordinates"
+    rows = {r for pair in CONTRASTS.values() for r in pair}
+    assert rows <= set(ROWS) == {*TABLE5, *CONTROLS, *READINGS} and {*CONTROLS, *READINGS} - {"CE2"} <= rows
+
+
+def test_jobs_come_in_order_of_priority():
+    config = Config(name="x")
+    rows = ("CE+CE", "M4", "M1")
+    of = lambda order: [(j.row, j.seed) for j in row_jobs(config, rows, (1, 0), order=order)]
+    assert of("seeds") == [(r, s) for s in (1, 0) for r in ("M1", "M4", "CE", "CE2", "CE+CE")]  # with the parts of the average
+    assert of("rows") == [(r, s) for r in ("M1", "M4", "CE", "CE2", "CE+CE") for s in (1, 0)]
+    atmost = row_jobs(config, ["M4-atmost"], (0,))
+    assert [c.name for c in atmost[0].first] == ["x-atmost"] and len(atmost) == 1
+    with pytest.raises(ConfigError, match="order is"):
+        row_jobs(config, rows, (0,), order="any")
+
+
+def test_every_row_trains(tmp_path):
+    """Each control and reading end to end: its losses reach the history, its average is the average of its parts."""
+    base = quick(tmp_path / "r", preprocess="paper")
+    rows = [row for row in ROWS if row not in TABLE5]
+    records = {r["row"]: r for r in ablation(base, rows=rows, results=tmp_path, store=TinyStore(), progress=False)}
+    assert set(records) == set(rows)
+    terms = {row: set(records[row]["history"][0]) & set("edcg") for row in rows if not ROWS[row].average}
+    assert terms == {row: set(ROWS[row].losses or "") for row in terms}
+    assert records["CE+CE"]["average"] == ["CE-seed0", "CE2-seed0"] and records["CE2"]["seed"] == 0
+    same = lambda a, b: np.array_equal(record_scores(records[a]).probabilities, record_scores(records[b]).probabilities)
+    assert not same("CE", "CE2") and not same("Lg", "Lg-shuffled") and not same("Le-random", "Le-coordinates")
+    table = gains(list(records.values()), CONTRASTS, samples=200)
+    assert table.loc["L_Gk: is it this clip's focus?", "seeds"] == 1 and table.loc["L_e: is it the focus?", "seeds"] == 0
+
+
+def test_a_row_that_another_process_holds_is_left_to_it(tmp_path):
+    """The next job is taken instead of waiting; the held one's record is read when it is there."""
+    base, order = quick(tmp_path / "r"), []
+    jobs = row_jobs(base, ("M1",), (0, 1), tmp_path)
+    run, held = experiments.run, {jobs[0].config.run_folder}
+
+    def busy(config, *args, **kwargs):
+        if config.run_folder in held:
+            held.clear()
+            raise BlockingIOError
+        order.append(config.seed)
+        return run(config, *args, **kwargs)
+
+    experiments.run = busy
+    try:
+        records = make_records(jobs, {base.data: TinyStore()}, progress=False)
+    finally:
+        experiments.run = run
+    assert order == [1, 0] and [r["seed"] for r in records] == [0, 1]
+
+
+def test_a_training_that_fails_stops_neither_the_others_nor_the_truth(tmp_path, monkeypatch):
+    base, run = quick(tmp_path / "r"), experiments.run
+
+    def fails(config, *args, **kwargs):
+        if config.losses == "dcg":
+            raise FloatingPointError("not a finite number")
+        return run(config, *args, **kwargs)
+
+    monkeypatch.setattr(experiments, "run", fails)
+    with pytest.raises(RuntimeError, match="M4, seed 0: not a finite number"):
+        ablation(base, rows=["M4", "Le", "M5"], results=tmp_path, store=TinyStore(), progress=False)
+    assert [r["row"] for r in load_records(tmp_path)] == ["Le"]
+
+
+def test_what_there_is_to_do_is_said_before_it_starts(tmp_path, capsys):
+    base = quick(tmp_path / "r")
+    ablation(base, seeds=(0, 1), rows=["M1", "CE"], results=tmp_path, store=TinyStore())
+    said = capsys.readouterr().err
+    assert "0 of 4 records are there; 4 trainings to do, about" in said
+    before = torch.get_rng_state()
+    jobs = row_jobs(base, ["M1", "M4"], (5,), tmp_path)
+    seconds = experiments.estimate(jobs, lambda config: TinyStore())
+    assert all(s > 0 for s in seconds) and torch.equal(torch.get_rng_state(), before)  # nobody's random numbers change
+    ablation(base, seeds=(0, 1), rows=["M1", "CE"], results=tmp_path, store=TinyStore())
+    assert "to do" not in capsys.readouterr().err
 
 
 def test_telling_clip_prefers_one_that_was_turned():
