@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ROWS', 'TABLE5', 'CONTROLS', 'READINGS', 'ENVIRONMENT', 'TERMS', 'CONTRASTS', 'STREAM_NAMES', 'SHORT', 'paper_table',
            'Row', 'row_config', 'record_path', 'write_record', 'load_records', 'record_scores', 'Job', 'estimate',
-           'make_records', 'row_jobs', 'ablation', 'table5', 'gains', 'fuse', 'stream_table', 'focus_picture',
-           'telling_clip', 'demo']
+           'make_records', 'row_jobs', 'ablation', 'named_by_data', 'table5', 'gains', 'fuse', 'stream_table',
+           'focus_picture', 'telling_clip', 'demo']
 
-# %% ../nbs/11_experiments.ipynb #ba8034d6
+# %% ../nbs/11_experiments.ipynb #0199d121
 import json
 import os
 import sys
@@ -30,7 +30,7 @@ from .focus import grad_cam, resample_focus
 from .plot import draw_class_difference, draw_strip
 from .statistics import differences, paired_bootstrap, verdict
 from .synthetic import write_synthetic
-from .train import Config, ConfigError, begin, make_accelerator, preset, run, same_config, splits, train_step, write_json
+from .train import Config, ConfigError, begin, make_accelerator, preset, presets, run, same_config, splits, train_step, write_json
 
 # %% ../nbs/11_experiments.ipynb #5d7e3a28
 def paper_table(
@@ -162,7 +162,7 @@ def record_scores(
     "The probabilities that belong to a record."
     return Scores.load(Path(record["path"]).with_name(record["scores"]))
 
-# %% ../nbs/11_experiments.ipynb #b4a8c045
+# %% ../nbs/11_experiments.ipynb #7d3a1702
 @dataclass(frozen=True)
 class Job:
     "One record to be made."
@@ -173,7 +173,7 @@ class Job:
     row: str
     seed: int
     config: Config  # of the training; of an average: whose settings it inherits
-    first: tuple = ()  # configurations whose trainings must be finished before, in this order
+    before: tuple = ()  # configurations whose trainings must be finished before, in this order
     average: tuple = ()  # paths of the records to average instead of training
     facts: dict = field(default_factory=dict)  # further entries of the record
 
@@ -188,13 +188,13 @@ class Job:
             raise ConfigError(f"{self.path} was recorded with other settings: {told}. Use another name, or another results folder, or delete it")
         return {**record, "path": str(self.path)}
 
-# %% ../nbs/11_experiments.ipynb #07be2827
+# %% ../nbs/11_experiments.ipynb #db5d1948
 ENVIRONMENT = ("device", "threads", "system", "machine", "processor", "commit")
 
 
 def _train_job(job, store_of, progress):
     "One training and its record. BlockingIOError if another process is at work on it, or on what it starts from."
-    for config in job.first:
+    for config in job.before:
         run(config, store_of(config), progress, wait=False)
     r = run(job.config, store_of(job.config), progress, wait=False)
     env, history = r.record["environment"], json.loads(r.history.to_json(orient="records", double_precision=10))
@@ -213,7 +213,7 @@ def _average_job(job):
     facts = dict(experiment=job.experiment, row=job.row, name=job.name, average=names, **same, history=[], seed=job.seed, **job.facts)
     return write_record(job.path, average(*map(record_scores, parts)), job.config, **facts)
 
-# %% ../nbs/11_experiments.ipynb #51c72119
+# %% ../nbs/11_experiments.ipynb #9e45b07a
 def estimate(
     jobs: list,  # of Job
     store_of,  # configuration → ClipStore
@@ -223,7 +223,7 @@ def estimate(
     seen, times, counted = {} if seen is None else seen, [], set()
     for job in jobs:
         seconds = 0.0
-        for c in () if job.average else (*job.first, job.config):
+        for c in () if job.average else (*job.before, job.config):
             if c.run_folder in counted or (c.run_folder / "run.json").exists():
                 continue
             counted.add(c.run_folder)
@@ -306,35 +306,35 @@ def make_records(
         raise RuntimeError("not all records could be made: " + "; ".join(failed.values()))
     return [made[i] for i in range(len(jobs))]
 
-# %% ../nbs/11_experiments.ipynb #53e085b1
+# %% ../nbs/11_experiments.ipynb #f01b6271
 def row_jobs(
     config: Config,  # of the baseline
     rows,  # of ROWS
     seeds,
     results="data/results",
     experiment: str = "ablation",
-    order: str = "seeds",  # or "rows": what is finished first
+    first: str = "seeds",  # or "rows": what is finished before the next begins
     **facts,  # further entries of the records
 ) -> list:  # of Job, with those that averages need
-    "The jobs of some rows and seeds, the rows in the order of ROWS. ConfigError for an unknown row or order."
+    "The jobs of some rows and seeds, the rows in the order of ROWS. ConfigError for an unknown row."
     if unknown := [r for r in rows if r not in ROWS]:
         raise ConfigError(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
-    if order not in ("seeds", "rows"):
-        raise ConfigError(f"order is 'seeds' or 'rows', got {order!r}")
+    if first not in ("seeds", "rows"):
+        raise ConfigError(f"first is 'seeds' or 'rows', got {first!r}")
     needed = {r for r in rows} | {part for r in rows for part in ROWS[r].average}
     place = lambda row, seed: record_path(results, experiment, config.name, row, seed)
     jobs = []
     for seed in dict.fromkeys(seeds):
         for row in (r for r in ROWS if r in needed):
-            of, first = ROWS[row], []
+            of, before = ROWS[row], []
             start = None if of.losses is None else of.start
             while start:
-                first.insert(0, row_config(config, start, seed))
+                before.insert(0, row_config(config, start, seed))
                 start = None if ROWS[start].losses is None else ROWS[start].start
             inherits = row_config(config, "M1" if of.average else row, seed)
-            jobs.append(Job(place(row, seed), experiment, config.name, row, seed, inherits, tuple(first),
+            jobs.append(Job(place(row, seed), experiment, config.name, row, seed, inherits, tuple(before),
                             tuple(place(part, seed) for part in of.average), facts))  # fmt: skip
-    return jobs if order == "seeds" else sorted(jobs, key=lambda job: list(ROWS).index(job.row))
+    return jobs if first == "seeds" else sorted(jobs, key=lambda job: list(ROWS).index(job.row))
 
 
 def ablation(
@@ -345,17 +345,26 @@ def ablation(
     store=None,  # an open ClipStore; None: the one in config.data
     experiment: str = "ablation",  # name of the experiment in the records
     progress: bool = True,  # say what there is to do, and show bars
-    order: str = "seeds",  # finish one seed before the next; or "rows"
+    first: str = "seeds",  # finish one seed before the next begins, or one of the "rows"
 ) -> list:  # records of the rows asked for
     """Table 5 and its controls: trains what is not recorded yet and returns the records. Resumable, and safe to be called twice at once.
 
     Raises ConfigError for an unknown row, or if a record was made with other settings.
     """
-    jobs = row_jobs(config, rows, seeds, results, experiment, order)
+    jobs = row_jobs(config, rows, seeds, results, experiment, first)
     records = make_records(jobs, {config.data: store} if store is not None else None, progress)
     return [r for r in records if r["row"] in rows]
 
-# %% ../nbs/11_experiments.ipynb #415bca78
+# %% ../nbs/11_experiments.ipynb #9741f46a
+def named_by_data(
+    config: Config,
+) -> Config:
+    "A preset's configuration on another store gets the store's name after its own; every other is returned as it is."
+    if config.name in presets() and Path(config.data) != Path(preset(config.name).data):
+        return config.replace(name=f"{config.name}-{Path(config.data).resolve().name}")
+    return config
+
+# %% ../nbs/11_experiments.ipynb #bba422de
 TERMS = {"M1": "", "M2": "c", "M3": "dc", "M4": "dcg", "Le": "e", "M5": "edcg"}
 
 
@@ -375,7 +384,7 @@ def table5(
         table = table.join(pd.DataFrame(ours).add_prefix(f"{name} "))
     return table
 
-# %% ../nbs/11_experiments.ipynb #ced9e364
+# %% ../nbs/11_experiments.ipynb #a5a924ec
 CONTRASTS = {  # question: (row, what it is compared with)
     "does L_c help?": ("M2", "M1"),
     "L_d and L_c?": ("M3", "M1"),
@@ -429,7 +438,7 @@ def gains(
     table = pd.DataFrame(lines, columns=columns).set_index("question")
     return table.assign(verdict=table["verdict"].fillna(""))
 
-# %% ../nbs/11_experiments.ipynb #6bbb30a2
+# %% ../nbs/11_experiments.ipynb #caad744b
 STREAM_NAMES = {"joint": "J", "bone": "B", "joint+bone": "J+B"}
 
 
@@ -458,7 +467,7 @@ def stream_table(
     wide = frame.pivot_table(index="row", columns="stream", values="top1").rename(columns=STREAM_NAMES)
     return wide.reindex(index=[r for r in TERMS if r in wide.index], columns=[c for c in STREAM_NAMES.values() if c in wide])
 
-# %% ../nbs/11_experiments.ipynb #a6477349
+# %% ../nbs/11_experiments.ipynb #2c8ca411
 def focus_picture(
     runs: dict,  # title → Run: networks to compare
     store,  # ClipStore

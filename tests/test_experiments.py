@@ -202,13 +202,13 @@ def test_controls_differ_from_what_they_control_in_one_thing(tmp_path):
 def test_jobs_come_in_order_of_priority():
     config = Config(name="x")
     rows = ("CE+CE", "M4", "M1")
-    of = lambda order: [(j.row, j.seed) for j in row_jobs(config, rows, (1, 0), order=order)]
+    of = lambda first: [(j.row, j.seed) for j in row_jobs(config, rows, (1, 0), first=first)]
     assert of("seeds") == [(r, s) for s in (1, 0) for r in ("M1", "M4", "CE", "CE2", "CE+CE")]  # with the parts of the average
     assert of("rows") == [(r, s) for r in ("M1", "M4", "CE", "CE2", "CE+CE") for s in (1, 0)]
     atmost = row_jobs(config, ["M4-atmost"], (0,))
-    assert [c.name for c in atmost[0].first] == ["x-atmost"] and len(atmost) == 1
-    with pytest.raises(ConfigError, match="order is"):
-        row_jobs(config, rows, (0,), order="any")
+    assert [c.name for c in atmost[0].before] == ["x-atmost"] and len(atmost) == 1
+    with pytest.raises(ConfigError, match="first is"):
+        row_jobs(config, rows, (0,), first="any")
 
 
 def test_every_row_trains(tmp_path):
