@@ -78,7 +78,7 @@ def naive_partition(skeleton):
 
 def naive_logits(net, x, training):
     "ST-GCN by its equations, from the tensors of a state dictionary."
-    p, (N, C, T, V, M) = net.state_dict(), x.shape
+    p, (N, C, _, V, M) = net.state_dict(), x.shape
 
     def bn(name, h, axes):  # h with channels second
         shape = [1, -1] + [1] * (h.ndim - 2)
