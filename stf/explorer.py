@@ -148,14 +148,14 @@ def name_links(
     order = np.argsort(-np.abs(sides[i, j]), kind="stable")[:n]
     return [f"{skeleton.joints[i[o]]} – {skeleton.joints[j[o]]} {sides[i[o], j[o]]:+.3f}" for o in order if sides[i[o], j[o]]]
 
-# %% ../nbs/12b_explorer.ipynb #0187d439
+# %% ../nbs/12b_explorer.ipynb #a78dd0ef
 @dataclass(frozen=True)
 class Scene:
     "Where the explorer stands: frame, view, and what of the network is shown."
 
     frame: int = 0
     azimuth: float = 0.0  # degrees
-    elevation: float = 8.0  # degrees
+    elevation: float = 10.0  # degrees
     body: int = 0  # whose maps and graph
     module: int = 4  # 0 … 5: of which STF module G_k is shown
     k: int = 1  # scale of A_k and G_k
@@ -331,7 +331,7 @@ def _floor(joints, centre, wide, lines=5):
     along = [[(x + a, low, z + at[0]), (x + a, low, z + at[-1])] for a in at]
     return np.array(along + [[(x + at[0], low, z + a), (x + at[-1], low, z + a)] for a in at])
 
-# %% ../nbs/12b_explorer.ipynb #95e57b95
+# %% ../nbs/12b_explorer.ipynb #b79b6259
 class Board:
     """The explorer's picture, without any widget: `show(frame=12)` changes it, `png()` gives it.
 
@@ -348,7 +348,7 @@ class Board:
         self.figure = Figure(figsize=size, dpi=dpi)
         self.canvas, self.look, self.scene = FigureCanvasAgg(self.figure), None, scene
         self.paper = self.kept = self.skeleton = None
-        self.show(look, frame=scene.frame)
+        self.show(look, frame=scene.frame, body=scene.body)
 
     def show(
         self,
@@ -437,7 +437,7 @@ def _headline(look):
     verdict = {True: "right", False: f"wrong: it is {a.label!r}", None: f"labelled {a.label!r}" if a.label else ""}[a.correct]
     return f"{a.name}:  {a.action} {100 * a.probability:.0f} %" + (f"  ({verdict})" if verdict else "")
 
-# %% ../nbs/12b_explorer.ipynb #1e14cc70
+# %% ../nbs/12b_explorer.ipynb #edcf87b2
 class Shelf:
     "Clips to choose from, by name and by class. ValueError if there is none; ClipError for a path that can't be read, and from [i] for a bad file."
 
@@ -476,8 +476,8 @@ class Shelf:
         mark = {True: "   right", False: "   wrong", None: ""}[self.answers.get(i)]
         return f"{names[i] if names else self.clips[i].name}" + (f"   {self.truths[i]}" if self.truths[i] else "") + mark
 
-    def of_class(self, name=None) -> list:  # clip numbers
-        return [i for i, t in enumerate(self.truths) if name is None or t == name]
+    def of_class(self, name="") -> list:  # clip numbers; all of them without a name
+        return [i for i, t in enumerate(self.truths) if not name or t == name]
 
     def ask(self, ask, indices, batch_size=16):  # iterator of the number done so far
         "Find out which clips are answered rightly, a batch at a time. What can't be read, or has no known class, is neither right nor wrong."
@@ -515,19 +515,19 @@ def _widgets():
 
 STEP = 3  # frames between two pictures of a playing clip: ten a second at 30 frames a second
 
-# %% ../nbs/12b_explorer.ipynb #7f52d49e
+# %% ../nbs/12b_explorer.ipynb #d3bd040c
 def make_controls(w, shelf, networks, scene) -> dict:
     "The widgets by name; w is the package ipywidgets."
     size = lambda width: w.Layout(width=width)
     slider = lambda name, reach, value: w.IntSlider(int(value), -reach, reach, 5, description=name, layout=size("24em"))
     known = bool(shelf.classes)
     return {
-        "class": w.Dropdown(options=[("all classes", None)] + [(name, name) for name in shelf.classes], layout=size("16em")),
+        "class": w.Dropdown(options=[("all classes", "")] + [(name, name) for name in shelf.classes], layout=size("16em")),
         "wrong": w.ToggleButton(False, description="only wrong answers", disabled=not known, layout=size("12em")),
         "clip": w.Dropdown(layout=size("28em")),
         "before": w.Button(icon="arrow-left", tooltip="the clip before", layout=size("3em")),
         "after": w.Button(icon="arrow-right", tooltip="the next clip", layout=size("3em")),
-        "play": w.Play(min=0, max=1, step=STEP, interval=100, layout=size("10em")),
+        "play": w.Play(min=0, max=1, step=STEP, interval=100, layout=size("9em")),
         "frame": w.IntSlider(0, 0, 1, description="frame", layout=size("52em")),
         "azimuth": slider("turn °", 180, scene.azimuth),
         "elevation": slider("lift °", 90, scene.elevation),
@@ -536,7 +536,7 @@ def make_controls(w, shelf, networks, scene) -> dict:
         "about": w.Dropdown(description="focus for", layout=size("21em")),
         "body": w.Dropdown(layout=size("7em")),
         "module": w.Dropdown(options=[(f"module {m}", i) for i, m in enumerate(MODULES)], value=scene.module, layout=size("16em")),
-        "k": w.ToggleButtons(options=[(f"k = {k}", k) for k in (1, 2, 3)], value=scene.k, style={"button_width": "4em"}),
+        "k": w.ToggleButtons(options=[(f"k = {k}", k) for k in (1, 2, 3)], value=scene.k, style={"button_width": "4.6em"}),
     }
 
 # %% ../nbs/12b_explorer.ipynb #7f529dac
