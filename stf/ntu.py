@@ -6,8 +6,9 @@
 __all__ = ['MAX_FRAMES', 'MAX_BODIES', 'MAX_CELLS', 'MAX_METRES', 'parse_ntu_name', 'show', 'rows_careful', 'rows_fast',
            'ntu_rows', 'follow_bodies', 'listed_ranks']
 
-# %% ../nbs/01d_ntu.ipynb #1fd5a3d9
+# %% ../nbs/01d_ntu.ipynb #842a31e3
 import re
+import threading
 from itertools import repeat
 
 import numpy as np
@@ -105,157 +106,235 @@ def rows_careful(data, path):
     rows = np.array(rows, np.float32).reshape(-1, 25, 4)
     return np.array(per_frame, np.int64), ids, rows[..., :3], rows[..., 3].astype(np.uint8)
 
-# %% ../nbs/01d_ntu.ipynb #891a5b47
+# %% ../nbs/01d_ntu.ipynb #a4adbd76
 _U = np.uint64
 _ZEROS, _HIGH, _SIX = _U(0x3030303030303030), _U(0xF0F0F0F0F0F0F0F0), _U(0x0606060606060606)
+_NEIGHBOURS = (
+    (_U(1 + (10 << 8)), _U(8), _U(0x00FF00FF00FF00FF)),
+    (_U(1 + (100 << 16)), _U(16), _U(0x0000FFFF0000FFFF)),
+    (_U(1 + (10000 << 32)), _U(32), _U(0xFFFFFFFF)),
+)
 
 
-_PAIRS, _FOURS, _EIGHT = _U(1 + (10 << 8)), _U(1 + (100 << 16)), _U(1 + (10000 << 32))
-
-
-def _eight_digits(words):
-    "Words of 8 characters -> (the leading digits, with zeros after them, as a number; how many they are; which have no end within 8)."
+def _digits(words, shift, spare):
+    "Words of 8 characters, of which the last `shift` bits don't count -> (is each a row of digits, or True); words become the numbers."
     words ^= _ZEROS
-    end = words + _SIX
-    end |= words
-    end &= _HIGH  # bits left only in bytes that are no digit
-    end &= np.subtract(_U(0), end)  # the lowest of them
-    count = end.astype(np.float64).view(np.int64)  # a float's exponent tells which bit it is
-    count >>= 55
-    count -= 128
-    endless = np.flatnonzero(end == 0)
-    count[endless] = 8
-    end -= _U(1)
-    words &= end  # only the digits before it
-    for factor, shift, mask in ((_PAIRS, 8, 0x00FF00FF00FF00FF), (_FOURS, 16, 0x0000FFFF0000FFFF), (_EIGHT, 32, 0xFFFFFFFF)):
+    words <<= shift
+    words >>= shift
+    odd = np.add(words, _SIX, out=spare)
+    odd |= words  # a digit leaves the upper half of its byte empty, six more than a digit, too
+    plain = True if not np.bitwise_or.reduce(odd) & _HIGH else (odd & _HIGH) == 0
+    for factor, bits, mask in _NEIGHBOURS:
         words *= factor  # a digit's tens and its neighbour's ones meet in one byte
-        words >>= _U(shift)
-        words &= _U(mask)
-    return words, count, endless
+        words >>= bits
+        words &= mask
+    return plain
 
-# %% ../nbs/01d_ntu.ipynb #e2c02407
-_TEN = 10.0 ** np.arange(23)
-_TEN_WHOLE = 10 ** np.arange(9, dtype=np.uint64)
+# %% ../nbs/01d_ntu.ipynb #e380ffd9
+def _which_bit(single):
+    "The number of the one bit that is set in each word (-1023: none)."
+    number = single.astype(np.float64).view(np.int64)
+    number >>= 52
+    number -= 1023
+    return number
+
+# %% ../nbs/01d_ntu.ipynb #ad904d11
+_MARKS, _ROWS = 1 << 20, 5000  # characters and rows that the kept arrays have room for
 
 
-def _words(data):
-    "The eight bytes that begin at each place, as one number."
-    return np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))
+class _Room(threading.local):
+    "Working memory that is kept from file to file."
+
+    def __init__(self):
+        self.flags = np.zeros(_MARKS, bool)
+        self.words = np.empty((6, 3 * _ROWS), np.int64)
 
 
-def _column(data, buf, start):
-    "Numbers that begin at start and end at one space -> (values, where the next begins), or None if one is no number."
-    minus = buf[start] == 45
-    at = start + minus
-    whole = buf[at] - np.uint8(48)
-    easy = whole <= 9  # one digit …
-    easy &= buf[1:][at] == 46  # … and a point
-    digits, count, endless = _eight_digits(_words(data)[2:][at])
-    count += 2
-    at += count
-    ended = buf[at] == 32
-    value = digits + np.multiply(whole, 1e8, dtype=np.float64)
-    scale = np.where(minus, -1e8, 1e8)
-    endless = endless[~ended[endless]]
-    if len(endless):  # more than eight digits after the point
-        _more_digits(data, buf, endless, at, value, scale, ended)
-    value /= scale
-    easy &= ended
-    if not easy.all() and not _hard_numbers(data, buf, np.flatnonzero(~easy), start, at, value):
+_room = _Room()
+
+
+def _gather(data, kind, places):
+    "The numbers of a type (`<u8`: eight characters) that begin at these places."
+    return np.ndarray((len(data) - int(kind[2:]) + 1,), kind, data, strides=(1,))[places]
+
+# %% ../nbs/01d_ntu.ipynb #65f091f7
+def _marks(buf):
+    "(places of the line ends, a flag for each character: is it a space?)"
+    size, full = len(buf), (len(buf) + 7) // 8 * 8
+    flags = _room.flags[:full] if full <= _MARKS else np.zeros(full, bool)
+    flags[size:] = False
+    np.equal(buf, 10, out=flags[:size])
+    words = flags.view(np.uint64)
+    at = np.flatnonzero(words != 0)
+    found = words[at]
+    first = np.negative(found)
+    first &= found
+    ends = _which_bit(first)
+    ends >>= 3
+    at <<= 3
+    ends += at
+    found ^= first
+    more = np.flatnonzero(found != 0)
+    if len(more):
+        k = np.flatnonzero(found[more].view(bool))
+        ends = np.concatenate([ends, at[more][k >> 3] + (k & 7)])
+        ends.sort(kind="stable")
+    np.equal(buf, 32, out=flags[:size])
+    return ends, flags
+
+# %% ../nbs/01d_ntu.ipynb #6fd789b9
+def _number_ends(bits, at, last):
+    "Where the first three numbers begin and end in rows that begin at `at`: both (3n,); None if a row has no three before `last`."
+    n = len(at)
+    start, end, single = (a[: 3 * n].reshape(3, n) for a in _room.words[:3])
+    single = single.view(np.uint64)
+    spaces = _gather(bits, "<u8", at >> 3)
+    spaces >>= (at & 7).view(np.uint64)
+    for c in range(3):
+        np.negative(spaces, out=single[c])
+        single[c] &= spaces
+        spaces ^= single[c]
+    end[...] = _which_bit(single)
+    end += at
+    if not single[2].all() or (end[2] > last).any():
         return None
-    at += 1
-    return value, at
-
-# %% ../nbs/01d_ntu.ipynb #6a594b3a
-def _more_digits(data, buf, i, at, value, scale, ended):
-    "Go on with the numbers i, whose first eight digits after the point are read."
-    digits, more, _ = _eight_digits(_words(data)[at[i]])
-    more[more > 6] = 0  # more than a float can hold exactly: left to float()
-    value[i] = value[i] * _TEN[more] + digits // _TEN_WHOLE[8 - more]
-    scale[i] *= _TEN[more]
-    at[i] += more
-    ended[i] = buf[at[i]] == 32
+    start[0] = at
+    np.add(end[:2], 1, out=start[1:])
+    return start.reshape(-1), end.reshape(-1)
 
 
-def _hard_numbers(data, buf, i, start, at, value):
-    "Read the numbers i one by one; whether all are numbers that end at a space."
-    for k, begin in zip(i.tolist(), start[i].tolist()):
-        number = _NUMBER.match(data, begin)
-        if number is None or number.end() > begin + 17:
+def _coordinates(data, buf, bits, at, last, xyz):
+    "Fill xyz (n,3) from rows that begin at `at`; whether all are numbers."
+    found = _number_ends(bits, at, last)
+    if found is None:
+        return False
+    start, end = found
+    digits, shift, value = (a[: len(start)] for a in _room.words[3:])
+    minus = buf.take(start) == 45
+    np.add(start, minus, out=digits)
+    whole = buf.take(digits)
+    whole -= np.uint8(48)
+    digits += 1
+    easy = buf.take(digits) == 46
+    easy &= whole <= 9
+    digits += 1  # here the digits after the point begin
+    np.subtract(end, digits, out=shift)
+    count = shift.copy() if shift.max() > 8 else None
+    if count is not None:
+        np.maximum(digits, end - 8, out=digits)  # the last eight of them
+        np.subtract(end, digits, out=shift)
+    shift *= -8
+    shift += 64
+    shift, value = shift.view(np.uint64), value.view(np.float64)
+    if shift.max() > 56:  # no digit at all
+        easy &= shift <= 56
+    words = _gather(data, "<u8", digits)
+    easy &= _digits(words, shift, _room.words[2, : len(start)].view(np.uint64))
+    np.multiply(whole, 1e8, out=value)
+    value += words
+    value /= 1e8
+    if count is not None:
+        _many_digits(buf, np.flatnonzero(count > 8), digits, count, whole, words, value, easy)
+    if not easy.all() and not _odd_numbers(data, np.flatnonzero(~easy), start, end, value, minus):
+        return False
+    sign = np.multiply(minus, _U(1 << 63), out=shift)
+    xyz.T[...] = np.bitwise_xor(value.view(np.uint64), sign, out=sign).view(np.float64).reshape(3, -1)
+    return True
+
+# %% ../nbs/01d_ntu.ipynb #7dd43d66
+_TEN = 10.0 ** np.arange(23)
+
+
+def _many_digits(buf, i, digits, count, whole, words, value, easy):
+    "The numbers i have nine or ten digits after the point, the first of them 0."
+    digits, count = digits[i], count[i]
+    value[i] = words[i] / _TEN.take(count, mode="clip")
+    zeros = buf.take(digits - 1) == 48
+    zeros &= (count == 9) | (buf.take(digits - 2) == 48)
+    zeros &= (whole[i] == 0) & (count <= 10)
+    easy[i] &= zeros
+
+
+def _odd_numbers(data, i, start, end, value, minus):
+    "Read the numbers i one by one; whether all are numbers of metres."
+    for k, a, b in zip(i.tolist(), start[i].tolist(), end[i].tolist()):
+        if b > a + 40 or not _NUMBER.fullmatch(data, a, b):
             return False
-        value[k], at[k] = float(number.group()), number.end()
-    return (buf[at[i]] == 32).all()
+        value[k], minus[k] = abs(float(data[a:b])), data[a] == 45
+        if value[k] > MAX_METRES:
+            return False
+    return True
 
-# %% ../nbs/01d_ntu.ipynb #0c6138c9
-def _scan(data, buf):
-    "(where lines end, number of blanks and line ends, whether all letters are the E of an exponent)"
-    ends, blanks, letters = [], 0, 0
-    blocks = range(0, len(data), 1 << 16)  # pieces that stay in the cache
-    for a in blocks:
-        block = buf[a : a + (1 << 16)]
-        ends.append(np.flatnonzero(block == 10) + a)
-        blanks += np.count_nonzero(block <= 32)
-        letters += np.count_nonzero(block > 57)
-    if letters:
-        letters -= sum(np.count_nonzero(buf[a : a + (1 << 16)] == 69) for a in blocks)
-    return np.concatenate(ends), blanks, letters == 0
-
-
+# %% ../nbs/01d_ntu.ipynb #dd20b9e6
 def rows_fast(data):
     "The same as `rows_careful` for a regular file, or None."
     if data[-1:] != b"\n" or data[-3:].strip() == b"":
         data = data.rstrip() + b"\n"
     buf = np.frombuffer(data, np.uint8)
-    end, blanks, plain = _scan(data, buf)
-    if len(end) < 2 or not plain:
+    end, space = _marks(buf)
+    if len(end) < 2 or not _only_numbers(buf):
         return None
-    start = np.concatenate(([0], end[:-1] + 1))
     crlf = int(buf[end[0] - 1] == 13)
-    end -= crlf
-    frames, size = data[: max(end[0], 0)], end - start
-    if not frames.isdigit() or len(frames) > 6 or (crlf and (buf[end] != 13).any()):
+    frames = data[: max(end[0] - crlf, 0)]
+    if not frames.isdigit() or len(frames) > 6 or (crlf and (buf.take(end - 1) != 13).any()):
         return None
-    size[0] = 0
-    at_frame, at_25 = np.flatnonzero(size == 1), np.flatnonzero(size == 2)
-    if len(at_frame) != int(frames) or not len(at_25) or len(at_frame) > MAX_FRAMES:
+    at_frame = np.flatnonzero(end[1:] - end[:-1] == 2 + crlf) + 1
+    if len(at_frame) != int(frames) or not 0 < len(at_frame) <= MAX_FRAMES or at_frame[0] != 1:
         return None
-    bodies = (buf[start[at_frame]] - 48).astype(np.int64)
-    expected = 1 + np.cumsum(1 + 27 * bodies)  # where the next frame begins
-    if bodies.max() > 9 or expected[-1] != len(end) or at_frame[0] != 1 or (expected[:-1] != at_frame[1:]).any():
+    bodies = buf.take(end.take(at_frame - 1) + 1).astype(np.int64)
+    bodies -= 48
+    following = 27 * bodies
+    following += at_frame + 1
+    if bodies.min() < 0 or not 0 < bodies.max() <= 9 or following[-1] != len(end) or (following[:-1] != at_frame[1:]).any():
         return None
-    before = np.cumsum(bodies) - bodies
-    head = np.repeat(at_frame + 1 - 27 * before, bodies) + 27 * np.arange(bodies.sum())
-    regular = len(head) == len(at_25) and (head + 1 == at_25).all() and _is_25(buf, start[at_25])
-    if not regular or blanks != len(end) * (1 + crlf) + len(head) * (9 + 25 * 11):
+    head = at_frame + 1  # the line of each body's row
+    if bodies.min() != 1 or bodies.max() != 1:
+        head = np.repeat(head - 27 * (np.cumsum(bodies) - bodies), bodies)
+        head += 27 * np.arange(len(head))
+    if np.count_nonzero(space) != (9 + 25 * 11) * len(head) or not _are_25(data, end.take(head) + 1, crlf):
         return None
-    return _values(data, buf, start, end, bodies, head)
+    return _values(data, buf, space, end, crlf, bodies, head)
 
 
-def _is_25(buf, at):
-    "Whether the two characters at all these places are 2 and 5."
-    return (buf[at] == 50).all() and (buf[at + 1] == 53).all()
+def _only_numbers(buf):
+    "Whether there are no letters but the E of an exponent (or all its e, in files that Python wrote)."
+    highest = buf.max()
+    return 48 <= highest <= 57 or highest == 69 or (highest == 101 and np.count_nonzero(buf > 57) == np.count_nonzero(buf == 101))
 
-# %% ../nbs/01d_ntu.ipynb #303d6275
-def _values(data, buf, start, end, bodies, head):
+
+def _are_25(data, at, crlf):
+    "Whether the lines that begin at these places are `25`."
+    four = _gather(data, "<u4", at)
+    return bool((four == 0x0A0D3532).all() if crlf else (four & 0xFFFFFF == 0x0A3532).all())
+
+# %% ../nbs/01d_ntu.ipynb #e0c21a9e
+_JOINT_LINES = np.arange(2, 27)
+
+
+def _values(data, buf, space, end, crlf, bodies, head):
     "IDs and numbers of a file whose lines have been found: the second half of `rows_fast`."
-    rows = (head[:, None] + np.arange(2, 27)).ravel()
-    last = end[rows] - 1
-    state = buf[last] - np.uint8(48)
+    rows = (head[:, None] + _JOINT_LINES).ravel()
+    last = end.take(rows)
+    last -= 1 + crlf
+    state = buf.take(last)
+    state -= np.uint8(48)
     last -= 1
-    if (buf[last] != 32).any() or state.max() > 2:
+    if not space.take(last).all() or state.max() > 2:
         return None
-    at = start[rows]
+    bits = np.packbits(space, bitorder="little")
+    rows -= 1
+    at = end.take(rows)
+    at += 1
     if at[-1] + 72 > len(data):  # a word must not reach beyond the end
         data += b" " * 72
-        buf = np.frombuffer(data, np.uint8)
-    xyz = np.empty((len(rows), 3), np.float32)
-    for c in range(3):
-        if (column := _column(data, buf, at)) is None:
+        buf, bits = np.frombuffer(data, np.uint8), np.concatenate([bits, np.zeros(9, np.uint8)])
+    xyz = np.empty((len(at), 3), np.float32)
+    for a in range(0, len(at), _ROWS):
+        if not _coordinates(data, buf, bits, at[a : a + _ROWS], last[a : a + _ROWS], xyz[a : a + _ROWS]):
             return None
-        xyz[:, c], at = column
-    if xyz.max() > MAX_METRES or xyz.min() < -MAX_METRES:
-        return None
-    heads = start[head].tolist()
+    heads = end.take(head - 1)
+    heads += 1
+    heads = heads.tolist()
     first = data[heads[0] : data.index(32, heads[0])]
     alone = all(map(data.startswith, repeat(first + b" "), heads))
     ids = [first] * len(heads) if alone else [data[a : data.index(32, a)] for a in heads]
@@ -263,7 +342,7 @@ def _values(data, buf, start, end, bodies, head):
         return None
     return bodies, ids, xyz.reshape(-1, 25, 3), state.reshape(-1, 25)
 
-# %% ../nbs/01d_ntu.ipynb #0a002c62
+# %% ../nbs/01d_ntu.ipynb #498356e3
 def ntu_rows(
     data: bytes,  # the content of a .skeleton file
     path="skeleton file",  # for messages
@@ -271,7 +350,7 @@ def ntu_rows(
     "The numbers of a `.skeleton` file, body row after body row. ClipError with line and reason for anything irregular."
     return rows_fast(data) or rows_careful(data, path)
 
-# %% ../nbs/01d_ntu.ipynb #8a1f4f97
+# %% ../nbs/01d_ntu.ipynb #41979d08
 def follow_bodies(per_frame, ids, path):
     "(place of each body row, its frame, IDs in order of first appearance); ClipError if one ID is twice in a frame."
     order = {body: place for place, body in enumerate(dict.fromkeys(ids))}
@@ -289,7 +368,7 @@ def follow_bodies(per_frame, ids, path):
         raise ClipError(path, f"frame {t + 1}", f"body {show(body)} is there twice")
     return place, frame, list(order)
 
-# %% ../nbs/01d_ntu.ipynb #fb16b297
+# %% ../nbs/01d_ntu.ipynb #2c5dfe87
 def listed_ranks(place, frame, num_bodies) -> list:
     "Each body's rank in the order in which frames list bodies, by majority; (B,) places and frames of the body rows in file order."
     before, same = np.zeros((num_bodies, num_bodies), np.int64), frame[1:] == frame[:-1]

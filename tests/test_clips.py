@@ -92,20 +92,50 @@ def test_numbers_equal_float(number):
     np.testing.assert_array_equal(ntu(text).joints[0], careful[2][::2])
 
 
+def three_numbers(text):
+    """What the fast reader makes of a row that begins so; None if it leaves the file to the careful one."""
+    data = text.encode() + b" " * 80
+    buf = np.frombuffer(data, np.uint8)
+    xyz, bits = np.full((1, 3), np.nan, np.float32), np.packbits(buf == 32, bitorder="little")
+    return xyz[0] if module._coordinates(data, buf, bits, np.array([0]), np.array([len(text)]), xyz) else None
+
+
 @given(st.lists(st.floats(-999, 999), min_size=3, max_size=3), st.integers(1, 17), st.sampled_from("gfe"))
 @settings(max_examples=300, **FUZZ)
 def test_any_number_equals_float(xyz, digits, form):
     words = [f"{v:.{digits}{form}}" for v in xyz]
-    data = (" ".join(words) + " ").encode() + b" " * 72
-    buf = np.frombuffer(data, np.uint8)
-    at = np.array([0])
-    for word in words:
-        column = module._column(data, buf, at)
-        if column is None:
-            assert len(word) > 16  # left to the careful reader
-            return
-        assert column[0][0] == float(word) and np.signbit(column[0][0]) == np.signbit(float(word))
-        at = column[1]
+    found = three_numbers(" ".join(words))
+    if found is None:
+        assert sum(map(len, words)) > 50  # left to the careful reader
+        return
+    expected = np.array([float(word) for word in words]).astype(np.float32)
+    np.testing.assert_array_equal(found, expected)
+    assert (np.signbit(found) == [w.startswith("-") for w in words]).all()
+
+
+@pytest.mark.parametrize("text", ["0.1 0.2 0.3:", "0.1 0.2", "0.1 0.2 ", "1.2.3 0.1 0.2", "0.1 0,2 0.3", "0.1 - 0.3", "0.1 1_0 0.3", "0.1 . 0.3",
+                                  "0.1 +-2 0.3", "0.1 0.2e 0.3", "0.1 1e99 0.3", "0.1 1001 0.3", "0.1 0x2 0.3", "0.1  0.2 0.3", "0.1 0.12345678\xa09 0.3"])
+def test_no_number_is_no_number(text):
+    assert three_numbers(text) is None
+
+
+def test_threads_do_not_share_working_memory():
+    """The reader keeps its large arrays from file to file, one set a thread."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [ntu_text([["1"]] * 40, seed=i).encode() for i in range(8)]
+    expected = [module.rows_careful(t, "x")[2] for t in texts]
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(lambda k: module.rows_fast(texts[k % 8])[2], range(200))):
+            np.testing.assert_array_equal(got, expected[i % 8])
+
+
+def test_a_long_file_is_read_in_pieces():
+    """More rows than the kept arrays have room for, and more characters."""
+    text = ntu_text([["1", "2"]] * 120).encode()
+    assert len(text) > 500_000 and 120 * 50 > module._ROWS
+    fast, careful = module.rows_fast(text), module.rows_careful(text, "x")
+    assert all(np.array_equal(a, b) for a, b in zip(fast, careful))
 
 
 @pytest.mark.parametrize("change", [
