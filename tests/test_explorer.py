@@ -123,7 +123,7 @@ class TestExplorer:
         explorer = explore(str(raw), ask)
         c = explorer.controls
         c["frame"].value = c["frame"].max
-        for i in [i for _, i in c["clip"].options][::-1]:
+        for i in [i for _, i in c["clip"].options][1:]:
             c["clip"].value = i
             assert c["frame"].max == explorer.board.look.clip.joints.shape[1] - 1 and explorer.board.scene.frame == 0
         for name, value in (("frame", 5), ("azimuth", 90), ("elevation", -30), ("links", True), ("body", 1), ("module", 0), ("k", 3)):
@@ -134,8 +134,8 @@ class TestExplorer:
         assert explorer.board.look.network == ask.networks[1].name and explorer.board.scene.frame == 5
         c["about"].value = c["about"].options[1]
         assert explorer.board.look.answer.about == c["about"].options[1] and explorer.board.scene.frame == 5
-        c["before"].click()
-        assert c["clip"].value == c["clip"].options[-1][1]  # round to the last
+        c["after"].click()
+        assert c["clip"].value == c["clip"].options[0][1]  # round to the first
 
     def test_filters(self, raw, ask, tmp_path):
         store = ClipStore.build(open_clips(raw), tmp_path / "store", progress=False)
