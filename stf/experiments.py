@@ -44,7 +44,7 @@ def paper_table(
     rows = tables[name]["rows"]
     return pd.DataFrame([r["values"] for r in rows], columns=tables[name]["columns"], index=pd.Index([r["row"] for r in rows], name="row"))
 
-# %% ../nbs/11_experiments.ipynb #72812a14
+# %% ../nbs/11_experiments.ipynb #3becab4f
 @dataclass(frozen=True)
 class Row:
     "One kind of training (or an average of several), as data."
@@ -53,7 +53,7 @@ class Row:
     losses: str | None = None  # terms beside cross-entropy, of e, d, c, g; None: a baseline, from scratch
     start: str = "M1"  # row whose weights a second stage starts from
     average: tuple = ()  # rows whose probabilities are averaged; then nothing is trained
-    model: str = "stf"  # of a second stage
+    baseline: bool = False  # a second stage of the baseline's own network, without β and α
     changes: dict = field(default_factory=dict)  # further values of its configuration
     tail: str = ""  # of the run's name; empty: -stf-<losses>
 
@@ -68,10 +68,10 @@ ROWS = {
 }
 TABLE5 = tuple(ROWS)
 
-# %% ../nbs/11_experiments.ipynb #ff4e4684
+# %% ../nbs/11_experiments.ipynb #72177731
 ROWS.update({
-    "CE": Row("the baseline trained on as long, cross-entropy alone", "", model="msg3d", tail="-ce"),
-    "CE2": Row("CE once more, the clips in another order", "", model="msg3d", changes={"order": 1}, tail="-ce2"),
+    "CE": Row("the baseline trained on as long, cross-entropy alone", "", baseline=True, tail="-ce"),
+    "CE2": Row("CE once more, the clips in another order", "", baseline=True, changes={"order": 1}, tail="-ce2"),
     "CE+CE": Row("an ensemble without STF: CE and CE2 averaged", average=("CE", "CE2")),
     "STF-CE": Row("STF network with cross-entropy alone", "", tail="-stf-ce"),
     "Lc": Row("L_c alone (the same training as M2)", "c"),
@@ -82,7 +82,7 @@ ROWS.update({
 })  # fmt: skip
 CONTROLS = tuple(row for row in ROWS if row not in TABLE5)
 
-# %% ../nbs/11_experiments.ipynb #92c1ff26
+# %% ../nbs/11_experiments.ipynb #c4e3c17f
 ROWS.update({
     "M4-blocks": Row("L_c ties the outputs of blocks 2 and 3", "dcg", changes={"coherence": "blocks"}, tail="-stf-dcg-blocks"),
     "M4-guide": Row("L_c: module 6 is a target for module 5", "dcg", changes={"guide": True}, tail="-stf-dcg-guide"),
@@ -111,7 +111,8 @@ def row_config(
     first = row_config(config, of.start, seed)
     tail = of.tail or f"-stf-{of.losses}"
     named = {"name": first.name + tail, "folder": first.folder and first.folder + tail}
-    return first.second_stage(of.losses).replace(model=of.model, **named, **of.changes)
+    stage = first.second_stage(of.losses)
+    return stage.replace(**({"model": config.model} if of.baseline else {}), **named, **of.changes)
 
 # %% ../nbs/11_experiments.ipynb #57a6a6c6
 def record_path(
@@ -213,7 +214,7 @@ def _average_job(job):
     facts = dict(experiment=job.experiment, row=job.row, name=job.name, average=names, **same, history=[], seed=job.seed, **job.facts)
     return write_record(job.path, average(*map(record_scores, parts)), job.config, **facts)
 
-# %% ../nbs/11_experiments.ipynb #9e45b07a
+# %% ../nbs/11_experiments.ipynb #486fdc9e
 def estimate(
     jobs: list,  # of Job
     store_of,  # configuration → ClipStore
@@ -230,7 +231,7 @@ def estimate(
             kind = (c.data, c.model, c.losses, c.score, c.coherence, c.widths, c.length, c.batch_size, c.num_bodies, c.stream)
             clips = splits(store_of(c), c)[0]
             if kind not in seen:
-                seen[kind] = _second_step(c.replace(init=None), store_of(c))
+                seen[kind] = _second_step(c, store_of(c))
             seconds += seen[kind] * c.epochs * -(-len(clips) // c.batch_size)
         times.append(seconds)
     return times
@@ -239,7 +240,7 @@ def estimate(
 def _second_step(config, store):
     "Seconds of the second step of a training; nobody's random numbers change."
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        t = begin(config, store, make_accelerator(config.device))
+        t = begin(config.replace(init=None, **({"train_only": ""} if hasattr(config, "train_only") else {})), store, make_accelerator(config.device))
         for _ in range(2):
             started = time.perf_counter()
             train_step(t, t.train[: config.batch_size])
