@@ -662,12 +662,12 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_is_whole(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to act as a full disk")
 def test_full_disk_is_said(tmp_path, monkeypatch):
-    import stf.dataset as dataset
+    import stf.build as building
 
     real = open
     build(some(3), tmp_path / "other")
     monkeypatch.setattr(
-        dataset,
+        building,
         "open",
         lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode else real(path, mode, *a),
         raising=False,
@@ -722,11 +722,11 @@ def test_files_are_built_the_same_in_any_number_of_processes(tmp_path):
 
 
 def test_a_killed_build_of_files_goes_on_where_it_was(tmp_path, monkeypatch):
-    import stf.dataset as dataset
+    import stf.build as building
 
     source = write_ntu(tmp_path / "raw", 200)
     whole = build(open_clips(source), tmp_path / "whole")
-    saved, save = [], dataset.save_shard
+    saved, save = [], building.save_shard
 
     def power_cut(shard, path):
         if len(saved) == 2:
@@ -734,14 +734,14 @@ def test_a_killed_build_of_files_goes_on_where_it_was(tmp_path, monkeypatch):
         save(shard, path)
         saved.append(path.name)
 
-    monkeypatch.setattr(dataset, "save_shard", power_cut)
+    monkeypatch.setattr(building, "save_shard", power_cut)
     with pytest.raises(KeyboardInterrupt):
         build(open_clips(source), tmp_path / "s")
     assert (tmp_path / "s.partial").exists() and not (tmp_path / "s").exists()
     with pytest.raises(StoreError, match="an unfinished build lies in"):
         ClipStore(tmp_path / "s")
     monkeypatch.setattr(
-        dataset, "save_shard", lambda shard, path: (saved.append(path.name), save(shard, path))
+        building, "save_shard", lambda shard, path: (saved.append(path.name), save(shard, path))
     )
     build(open_clips(source), tmp_path / "s")
     assert saved == [f"shard-{k:06d}" for k in range(4)]  # each was made once
@@ -749,10 +749,10 @@ def test_a_killed_build_of_files_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 def test_a_changed_input_starts_again(tmp_path, monkeypatch):
-    import stf.dataset as dataset
+    import stf.build as building
 
     source = write_ntu(tmp_path / "raw", 100)
-    monkeypatch.setattr(dataset, "join_shards", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(building, "join_shards", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         build(open_clips(source), tmp_path / "s")
     monkeypatch.undo()
