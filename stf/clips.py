@@ -360,7 +360,7 @@ def read_kinetics(
     """
     return _parse_kinetics(*_source(source, name, 1 << 25), max_people=max_people)
 
-# %% ../nbs/02_clips.ipynb #4f87f78d
+# %% ../nbs/02_clips.ipynb #afb75fa4
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
 _PLAIN_KEYS = ("joints", "visible", "label", "class_name", "skeleton", "name", *_PLAIN_TAGS)
 
@@ -381,7 +381,7 @@ def _parse_plain(data, path, name, skeleton=None):
     if {"x_train", "x_test"} & set(arrays):
         raise ClipError(path, "", "a whole data set in CTR-GCN's form: open this file by itself")
     for key in arrays:
-        _expect(key in _PLAIN_KEYS, path, "", f"unknown key {show(key)}; known are {', '.join(_PLAIN_KEYS)}")
+        _expect(key in _PLAIN_KEYS, path, "", f"unknown key {show(key)}; known are {', '.join(_PLAIN_KEYS)} (a plain file holds one clip)")
     _expect("joints" in arrays, path, "", f"no 'joints' in this file; it has {', '.join(map(show, arrays)) or 'nothing'}")
     joints, visible = arrays["joints"], arrays.get("visible")
     _expect(joints.ndim in (3, 4), path, "joints", f"must be (T,V,C) or (M,T,V,C), got {joints.shape}")
@@ -419,16 +419,18 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #42c1ca34
+# %% ../nbs/02_clips.ipynb #5b37f198
 class FileClips:
     "Clips that lie in one file each, in a folder or an archive."
 
-    lost, bodies = 0, None
+    bodies = None
 
-    def __init__(self, files, members, kind, options):
+    def __init__(self, files, members, kind, options, lost=0):
         _, self.title, self.parser = _KINDS[kind]
-        self.files, self.members, self.options, self.path = files, members, options, files.path
+        self.files, self.members, self.options, self.path, self.lost = files, members, options, files.path, lost
         self.names = [_stem(files.names[i]) for i in members]
+        if kind == "plain" and len(set(self.names)) < len(members):  # run/01.npz and walk/01.npz: the folder belongs to the name
+            self.names = [os.path.splitext(files.names[i])[0] for i in members]
         skeleton = options.get("skeleton") or SKELETONS.get({"ntu": "ntu25", "ucla": "kinect20", "kinetics": "openpose18"}.get(kind))
         self.joints = [skeleton.num_joints] if skeleton else []
         numbers = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in self.names]
@@ -447,7 +449,7 @@ class FileClips:
         if (listed := options.pop("listed", None)) is not None:
             options["listed"] = listed.get(self.names[i])
         clip = self.parser(raw, self.where(i), self.names[i], **options)
-        clip.split = clip.split or _split_of(self.files.names[self.members[i]])
+        clip.split = clip.split or _split_of(f"{self.path.name}/{self.files.names[self.members[i]]}")
         return clip
 
 
@@ -486,7 +488,13 @@ class ArrayClips:
         except ClipError as e:
             raise ClipError(path, e.place, e.reason) from None
 
-# %% ../nbs/02_clips.ipynb #7e0aec30
+# %% ../nbs/02_clips.ipynb #e26202dd
+def _many(n, what):
+    "'1 clip', '2 bodies', '1,484 classes'."
+    plural = {"body": "bodies", "class": "classes"}.get(what, what + "s")
+    return f"{n:,} {what if n == 1 else plural}"
+
+
 class Clips:
     """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
 
@@ -538,9 +546,9 @@ class Clips:
     def summary(self) -> str:
         "What the input was taken for, in one line: form, clips, and, as far as known by now, joints, bodies, classes."
         source = self.source
-        parts = [f"{len(self):,} clips", f"{' or '.join(map(str, source.joints))} joints" if source.joints else "",
-                 f"up to {self._bodies} bodies" if self._bodies else "", f"{source.classes} classes" if source.classes else "",
-                 f"{source.lost} lost before" if source.lost else ""]  # fmt: skip
+        parts = [_many(len(self), "clip"), f"{' or '.join(map(str, source.joints))} joints" if source.joints else "",
+                 f"up to {_many(self._bodies, 'body')}" if self._bodies else "", _many(source.classes, "class") if source.classes else "",
+                 f"{source.lost:,} more without a skeleton" if source.lost else ""]  # fmt: skip
         return f"{source.path.name or source.path}: {source.title}: {', '.join(p for p in parts if p)}"
 
     def __repr__(self):
@@ -589,15 +597,32 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #484668f2
+# %% ../nbs/02_clips.ipynb #b13bb6ce
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
     "kinetics": (".json", "Kinetics-Skeleton JSON files", _parse_kinetics),
     "plain": (".npz", "plain .npz recordings", _parse_plain),
 }
-_KNOWN = "\n".join(["one file a clip, in a folder, a .zip, a .tar.* or alone:", *(f"  {what}" for _, what, _ in _KINDS.values()),
-                    "one file for all:", *(f"  {form}" for form in ARRAY_FORMS)])  # fmt: skip
+_KNOWN = "\n".join([
+    "one file a clip, in a folder, a .zip, a .tar.*, a folder of archives, or alone:", *(f"  {what}" for _, what, _ in _KINDS.values()),
+    "one file for all:", *(f"  {form}" for form in ARRAY_FORMS),
+    "a prepared store", "and anything else by way of Python: ClipStore.build([Clip(joints, name=…, label=…, skeleton=…), …], folder)",
+])  # fmt: skip
+
+
+def _advice(files, endings):
+    "What one could do about files of which none is known."
+    found = set(endings)
+    if any(_LABEL_LIST.fullmatch(n) for n in files.names):
+        return "A label list, but the recordings that it lists are missing. "
+    if found & {".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".rar", ".7z"}:
+        return "Archives within an archive, or of a kind that isn't read in place: unpack them first. "
+    if found & {".pkl", ".pickle", ".npy"}:
+        return "Arrays inside an archive are not read in place: unpack it first. " if not isinstance(files, Folder) else ""
+    if found & {".csv", ".txt", ".mat", ".h5", ".hdf5", ".bvh", ".c3d", ".pt", ".pth", ".xml", ".tsv"}:
+        return "Such files have no common layout: read one into an array (frames, joints, coordinates) and make a Clip of it, or np.savez it in the plain form. "
+    return ""
 
 
 def _json_kind(files, members):
@@ -622,9 +647,10 @@ def _find_kind(files, kind):
         return kind, [i for i, e in enumerate(endings) if e == _KINDS[kind][0]]
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
-        have = ", ".join(f"{endings.count(e)} {e or 'others'}" for e in sorted(set(endings))[:8]) or "nothing"
-        raise ClipError(files.path, "", f"no recordings found here, but {have}. Known are\n{_KNOWN}")
-    _expect(len(there) == 1, files.path, "", f"holds {' and '.join(there)} files; say which with kind=…")
+        have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8]) or "nothing"
+        raise ClipError(files.path, "", f"no recordings found here, but {have}. {_advice(files, endings)}Known are\n{_KNOWN}")
+    counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
+    _expect(len(there) == 1, files.path, "", f"holds {counts} files; say which with kind=… (ntu, ucla, kinetics or plain)")
     members = [i for i, e in enumerate(endings) if e == there[0]]
     return {".skeleton": "ntu", ".npz": "plain"}.get(there[0]) or _json_kind(files, members), members
 
@@ -639,7 +665,7 @@ def _ask_openers(path):
     if (Path(path) / "header.json").is_file() and (Path(path) / "joints.npy").exists():
         raise ClipError(path, "", "a prepared store: open it with stf.dataset.ClipStore")
 
-# %% ../nbs/02_clips.ipynb #d64e55da
+# %% ../nbs/02_clips.ipynb #2d5183f8
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
     kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for what is one file a clip; None: found out
@@ -663,9 +689,9 @@ def open_clips(
     files = open_files(path)
     kind, members = _find_kind(files, kind)
     _expect(members, files.path, "", f"no {_KINDS[kind][0]} file here")
-    options = {"skeleton": skeleton}
+    options, found = {"skeleton": skeleton}, len(members)
     if kind == "kinetics" and (listed := _label_lists(files, labels)) is not None:
         members = [i for i in members if listed.get(_stem(files.names[i]), ()) is not None]
         _expect(members, files.path, "", "the label list says that none of these files has a skeleton")
         options["listed"] = listed
-    return Clips(FileClips(files, members, kind, options), errors)
+    return Clips(FileClips(files, members, kind, options, found - len(members)), errors)

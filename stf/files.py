@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_RATIO', 'RATIO_FROM', 'MAX_MEMBERS', 'MAX_INSTRUCTIONS', 'ClipError', 'is_hidden', 'read_file', 'Folder',
-           'ZipArchive', 'TarArchive', 'open_files', 'read_npy', 'read_npz', 'PickledArray', 'plain', 'load_pickle']
+           'ZipArchive', 'TarArchive', 'Archives', 'open_files', 'read_npy', 'read_npz', 'PickledArray', 'plain',
+           'load_pickle']
 
 # %% ../nbs/01b_files.ipynb #29c02210
 import bz2
@@ -235,7 +236,38 @@ class TarArchive:
             raise ClipError(self.where(i), "", "can't be read from the archive: it ends in the middle of this file")
         return data
 
-# %% ../nbs/01b_files.ipynb #9d834d21
+# %% ../nbs/01b_files.ipynb #4be62065
+_PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+_LOOSE = re.compile(r".*\.(skeleton|json|npz|npy|pkl|pickle)", re.IGNORECASE)
+
+
+class Archives:
+    "All archives in a folder, and the label lists beside them, by name. Same methods as Folder."
+
+    def __init__(self, folder, packed):
+        self.path = folder.path
+        self.parts = [open_files(folder.where(i)) for i in packed] + [folder]
+        prefixes = [_PACKED.sub("", folder.names[i]) + "/" for i in packed] + [""]
+        self._found = sorted((prefix + name, k, i) for k, (prefix, part) in enumerate(zip(prefixes, self.parts))
+                             for i, name in enumerate(part.names) if part is not folder or i not in packed)  # fmt: skip
+        self.names = [name for name, _, _ in self._found]
+
+    def where(self, i: int) -> str:
+        "What an error message calls file i."
+        return self.parts[self._found[i][1]].where(self._found[i][2])
+
+    def read(self, i: int, limit: int = 1 << 26) -> bytes:
+        "The bytes of file i; ClipError as its archive says."
+        return self.parts[self._found[i][1]].read(self._found[i][2], limit)
+
+
+def _archives_in(folder):
+    "The folder, or its archives if it holds no recordings beside them."
+    packed = {i for i, name in enumerate(folder.names) if _PACKED.search(name)}
+    loose = [name for name in folder.names if _LOOSE.fullmatch(name) and not re.search(r"label\.json$", name, re.IGNORECASE)]
+    return Archives(folder, packed) if packed and not loose else folder
+
+# %% ../nbs/01b_files.ipynb #5a8534aa
 def _is_tar(path):
     "Whether a file, unpacked if it is compressed, begins with a tar header."
     stream = _Unpacked(path)
@@ -249,11 +281,11 @@ def _is_tar(path):
 
 def open_files(
     path,  # a folder, a .zip, a .tar.*, or any other single file
-):  # Folder, ZipArchive or TarArchive
+):  # Folder, ZipArchive, TarArchive or Archives
     "The files at a path, to be listed (`names`) and read (`read`) one by one. ClipError if there is nothing."
     path = Path(path)
     if path.is_dir():
-        return Folder(path)
+        return _archives_in(Folder(path))
     if not path.exists():
         raise ClipError(path, "", "no such file or folder")
     if not path.is_file():
@@ -274,7 +306,7 @@ def open_files(
         raise ClipError(path, "", f"neither a readable archive nor a known file ({e})") from None
     return Folder(path)
 
-# %% ../nbs/01b_files.ipynb #adede2ec
+# %% ../nbs/01b_files.ipynb #0ccd4636
 def _npy_header(file, path, place):
     "(shape, fortran order, dtype) of an open .npy; ClipError if it is none, or holds Python objects."
     try:
@@ -310,7 +342,7 @@ def read_npy(
     flat = np.frombuffer(data, dtype, offset=file.tell())
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
-# %% ../nbs/01b_files.ipynb #1c119d44
+# %% ../nbs/01b_files.ipynb #a45a48b6
 def read_npz(
     data: bytes,  # the content of an .npz file
     path="arrays",  # for messages
@@ -340,7 +372,7 @@ def read_npz(
         arrays[key] = read_npy(content, path, key)
     return arrays
 
-# %% ../nbs/01b_files.ipynb #ae2ba43c
+# %% ../nbs/01b_files.ipynb #2a1de2ad
 class _Piece:
     "Bytes that stay in the file until they are needed."
 
@@ -402,7 +434,7 @@ def plain(value):
     "A PickledArray as an array; anything else as it is."
     return value.array() if isinstance(value, PickledArray) else value
 
-# %% ../nbs/01b_files.ipynb #11b03dee
+# %% ../nbs/01b_files.ipynb #093cd518
 def _from_buffer(content, dtype, shape, order="C", *_):
     array = PickledArray()
     array.set((shape, dtype, order == "F", content))
@@ -449,7 +481,7 @@ _KNOWN_NAMES = {
     ("builtins", "bytearray"): _bytes,
 }
 
-# %% ../nbs/01b_files.ipynb #f50709c3
+# %% ../nbs/01b_files.ipynb #3afc1675
 _SAFE = (  # instructions as Python has them: plain values, containers, memory
     "STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
     "STRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES EMPTY_LIST APPEND APPENDS LIST "
@@ -509,7 +541,7 @@ class _PlainUnpickler(pickle._Unpickler):
     for _name, _form in _IN_FILE.items():
         dispatch[getattr(pickle, _name)[0]] = lambda self, form=_form: self.load_in_file(form)
 
-# %% ../nbs/01b_files.ipynb #49c14c8c
+# %% ../nbs/01b_files.ipynb #61ec1250
 MAX_INSTRUCTIONS = 1 << 27
 
 

@@ -62,7 +62,7 @@ def write_npy(folder, x, stem="val_data_joint", names=NAMES, protocol=2):
 @pytest.mark.parametrize("protocol", range(6))
 def test_pyskl(tmp_path, protocol):
     clips = open_clips(write_pyskl(tmp_path / "ntu60_3danno.pkl", protocol=protocol))
-    assert clips.names == NAMES and "3 clips, 25 joints, up to 2 bodies, 3 classes, 1 lost" in clips.summary
+    assert clips.names == NAMES and "3 clips, 25 joints, up to 2 bodies, 3 classes, 1 more without a skeleton" in clips.summary
     for clip, joints, label in zip(clips, RAW, LABELS):
         np.testing.assert_array_equal(clip.joints, joints)
         assert clip.label == label and clip.tags["action"] == label + 1 and clip.visible.min() == 1
