@@ -1,5 +1,6 @@
 "Stores and batches: what the notebooks 03b and 04 can't show: real files, damage, kills, random clips against the naive words."
 
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from stf.augment import Augment
 from stf.batches import STREAMS, in_channels, link_slots, make_batch, pack_clip, pack_clips, unpack_clip
 from stf.clips import Clip, ClipError, open_clips
 from stf.dataset import ClipStore, StoreError, fraction, protocol_side, validation_split
@@ -837,6 +840,181 @@ def test_clip_keeps_its_rows_only(tmp_path):
     late[0], late[1, 40:45] = 1, 2
     tracks, joints, _ = pack_clip(Clip(late, name="late", label=0))
     assert tracks[:, :2].tolist() == [[0, 100], [40, 5]] and len(joints) == 105
+
+
+# ---------------------------------------------------------------- views
+
+
+def test_a_view_is_a_store_of_its_clips(tmp_path):
+    clips = some(30, split={"mine": "train"}, class_name=None)
+    store = build(clips, tmp_path / "s", classes=["run", "hop", "sit"])
+    picks = np.array([20, 3, 3, 11])
+    view = store.subset(picks)
+    assert len(view) == 4 and view.names == [store.names[i] for i in picks] and view.classes == store.classes
+    for i, n in enumerate(picks):
+        assert np.array_equal(view[i].joints, clips[n].joints) and view[i].label == clips[n].label and view[i].split == {"mine": "train"}
+    for stream in STREAMS:
+        assert torch.equal(view.batch([3, 0], stream, length=9).x, store.batch([11, 20], stream, length=9).x)
+    assert torch.equal(view.to("cpu").batch([3, 0], length=9).x, store.batch([11, 20], length=9).x)
+    assert view._on_device.joints.shape[0] == sum(c.joints.shape[0] * c.joints.shape[1] for c in view)
+    again = pickle.loads(pickle.dumps(view))
+    assert again.header == view.header and torch.equal(again.batch([1], length=5).x, view.batch([1], length=5).x)
+    inner = view.subset([2, 0])  # a view of a view
+    assert inner.names == [store.names[3], store.names[20]] and np.array_equal(inner[1].joints, clips[20].joints)
+    assert torch.equal(store.subset(np.arange(30) % 2 == 1).batch([0]).x, store.batch([1]).x)
+    assert len({v.header["checksum"] for v in (store, view, inner, store.subset([3, 20, 3, 11]), store.subset(range(30)))}) == 5
+    with pytest.raises(IndexError, match="from 0 to 29"):
+        store.subset([30])
+
+
+def test_class_subsets_and_label_maps(tmp_path):
+    store = build(some(30, class_name=None), tmp_path / "s", classes=["run", "hop", "sit"])
+    two = store.subset(classes=["sit", "run"])
+    assert two.classes == ["sit", "run"] and len(two) == 20 and set(two.labels) == {0, 1}
+    assert all(two[i].class_name == two.classes[two.labels[i]] and two[i].label == two.labels[i] for i in range(20))
+    assert store.subset(classes="hop").classes == ["hop"] and two.subset(classes=[1]).classes == ["run"]
+    assert store.subset(range(9), classes=["run"]).names == ["clip 0", "clip 3", "clip 6"]
+    moved = store.relabel({"run": "moving", 1: "moving"})
+    assert moved.classes == ["moving", "sit"] and np.bincount(moved.labels).tolist() == [20, 10]
+    assert moved.classes == store.relabel(["moving", "moving", "sit"]).classes
+    fixed = store.relabel({"hop": None}, classes=["lie", "sit", "run"])
+    assert len(fixed) == 20 and fixed.classes == ["lie", "sit", "run"] and set(fixed.labels) == {1, 2}
+    kept = build(moved, tmp_path / "moved")  # a view built into a store keeps its classes and their order
+    assert kept.classes == moved.classes and np.array_equal(kept.labels, moved.labels)
+    assert build(two, tmp_path / "two").classes == ["sit", "run"]
+    train, val = validation_split(two, range(20), by="clip", part=0.2)
+    assert len(train) == 16 and len(fraction(two, train, 0.5, stratified=True)) == 8
+    for wrong, message in (
+        (lambda: store.subset(classes=["ran"]), "no class 'ran'.*did you mean 'run'"), (lambda: store.subset(classes=[3]), "no class 3"),
+        (lambda: store.subset(classes=["run", 0]), "named twice"), (lambda: store.relabel(["a"]), "each of the 3 classes"),
+        (lambda: store.relabel({0: "x"}, classes=["y"]), "'x' is not in the given list"),
+        (lambda: store.relabel([None, None, None]), "no clip is left"), (lambda: store.subset([0], classes=["hop"]), "no clip is left"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=message):
+            wrong()
+
+
+def test_a_store_is_an_input_of_open_clips(tmp_path):
+    clips = some(100, tags={"subject": 3})
+    store = build(clips, tmp_path / "s")
+    opened = open_clips(tmp_path / "s")
+    assert "a prepared store" in opened.summary and "100 clips" in opened.summary and len(opened) == 100
+    assert np.array_equal(opened[7].joints, clips[7].joints) and opened[7].tags == {"subject": 3}
+    again = build(tmp_path / "s", tmp_path / "t", workers=1)
+    for name in ("joints.npy", "tracks.npy", "visible.npy", "names.json", "tags.jsonl"):
+        assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "t" / name).read_bytes()
+    assert again.header["checksum"] == store.header["checksum"]
+    (tmp_path / "s" / "tracks.npy").unlink()
+    with pytest.raises(ClipError, match="tracks.npy: is missing"):
+        open_clips(tmp_path / "s")
+
+
+# ---------------------------------------------------------------- batches made ahead
+
+
+def test_batches_made_ahead_are_those_of_batch(tmp_path):
+    store = build(some(50), tmp_path / "s")
+    groups = np.array_split(np.random.default_rng(0).permutation(50), 9)
+    options = dict(stream="bone", length=20, augment=Augment(rotate=10, crop=0.5), seed=(1, 4))
+    wanted = [store.batch(g, **options) for g in groups]
+    before = threading.active_count()
+    for prefetch in (0, 1, 2, 20):
+        batches = store.batches(groups, prefetch, **options)
+        assert len(batches) == 9
+        got = list(batches)
+        assert len(got) == 9 and all(torch.equal(a.x, b.x) and torch.equal(a.y, b.y) for a, b in zip(got, wanted))
+    assert list(store.batches([])) == [] and threading.active_count() == before
+
+
+def test_a_training_that_stops_stops_the_thread(tmp_path):
+    store = build(some(50), tmp_path / "s")
+    groups, before = [[i] for i in range(50)], threading.active_count()
+    with store.batches(groups) as batches:
+        next(batches)
+    assert not batches.thread.is_alive() and list(batches) == []
+    for _ in store.batches(groups):  # nobody holds the iterator after the loop
+        break
+    with pytest.raises(ZeroDivisionError):
+        for _ in store.batches(groups):
+            1 / 0
+    sys.last_traceback = sys.last_value = None
+    for _ in range(100):
+        gc.collect()
+        if threading.active_count() == before:
+            break
+        time.sleep(0.05)
+    assert threading.active_count() == before
+
+
+def test_an_error_in_the_thread_names_the_clips(tmp_path, monkeypatch):
+    store = build(some(30), tmp_path / "s")
+    real = store.batch
+
+    def broken(indices, **options):
+        if 12 in indices:
+            raise OSError(5, "Input/output error", "joints.npy")
+        return real(indices, **options)
+
+    monkeypatch.setattr(store, "batch", broken)
+    for prefetch in (0, 2):
+        batches = store.batches(np.arange(30).reshape(3, 10), prefetch)
+        next(batches)
+        with pytest.raises(StoreError, match=r"batch 1 \(clips clip 10, clip 11, clip 12, clip 13, clip 14 and 5 others\): OSError.*joints.npy"):
+            next(batches)
+        assert list(batches) == []
+    with pytest.raises(IndexError, match="from 0 to 29"):
+        store.batches([[0], [30]])
+    with pytest.raises(ValueError, match="prefetch"):
+        store.batches([[0]], prefetch=-1)
+
+
+# ---------------------------------------------------------------- full disks and odd places
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to act as a full disk")
+@pytest.mark.parametrize("full_at", ["shard-000002", "joints.npy", "header.json"])
+def test_a_build_goes_on_after_the_disk_was_full(tmp_path, monkeypatch, full_at):
+    import stf.build as building
+
+    source, real = write_ntu(tmp_path / "raw", 200), open
+    whole = build(open_clips(source), tmp_path / "whole")
+    full = lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode and full_at in str(path) else real(path, mode, *a)
+    monkeypatch.setattr(building, "open", full, raising=False)
+    with pytest.raises(StoreError, match=r"No space left.*build again; what is finished is kept in .*s\.partial"):
+        build(open_clips(source), tmp_path / "s")
+    assert len(list((tmp_path / "s.partial").glob("shard-*[0-9]"))) >= 2 and not (tmp_path / "s").exists()
+    monkeypatch.undo()
+    build(open_clips(source), tmp_path / "s")
+    assert files_of(tmp_path / "s") == files_of(whole.folder) and not (tmp_path / "s.partial").exists()
+
+
+def test_places_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(StoreError, match="the build stopped at .*file"):
+        build(some(3), tmp_path / "file" / "store")
+    with pytest.raises(ClipError, match="nowhere"):
+        build(str(tmp_path / "nowhere"), tmp_path / "s")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.slow
+def test_a_large_build_is_bounded_and_killed_again_and_again_ends_the_same(tmp_path):
+    "6,000 simulated clips: memory far below their size; killed three times, twice with workers, the same bytes."
+    code = ("import sys, resource\nfrom stf.build import SimulatedClips\nfrom stf.dataset import ClipStore\n"
+            "if __name__ == '__main__':\n"
+            "    ClipStore.build(SimulatedClips(6000), sys.argv[1], skip=(), progress=False, workers=int(sys.argv[2]))\n"
+            "    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n")  # fmt: skip
+    start = lambda name, workers: subprocess.Popen([sys.executable, "-c", code, str(tmp_path / name), str(workers)], stdout=subprocess.PIPE)
+    whole = start("whole", 0)
+    assert int(whole.communicate()[0]) < 600_000  # kB; the rows alone are 190 MB, torch's libraries the rest
+    for shards, workers in ((20, 0), (50, 2), (80, 1)):
+        process = start("s", workers)
+        while len(list(tmp_path.glob("s.partial/shard-*[0-9]"))) < shards and process.poll() is None:
+            time.sleep(0.01)
+        process.kill()
+        process.communicate()
+        time.sleep(0.5)
+    assert start("s", 0).wait() == 0 and files_of(tmp_path / "s") == files_of(tmp_path / "whole")
 
 
 @pytest.mark.cuda
