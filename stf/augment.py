@@ -49,7 +49,7 @@ class Augment:
 
 _LIMITS = {"rotate": (0, 180), "scale": (0, 0.9), "flip": (0, 1), "crop": (0.01, 1), "drop_joints": (0, 0.9), "drop_bodies": (0, 1)}
 
-# %% ../nbs/03a_augment.ipynb #54ddb5cc
+# %% ../nbs/03a_augment.ipynb #b7a89044
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: an odd step that visits all 64-bit numbers
 
 
@@ -62,7 +62,7 @@ def _scramble(z):
 
 USES = ("rotate", "scale", "flip", "crop", "uniform", "drop_joints", "drop_bodies")  # each has its own numbers
 
-
+# %% ../nbs/03a_augment.ipynb #3b7c6e58
 def random_numbers(
     seed,  # one whole number ≥ 0 or several, e.g. (seed, epoch)
     clips,  # (N,) clip numbers
@@ -77,7 +77,7 @@ def random_numbers(
     z = _scramble(key[:, None] + _GOLDEN * np.arange(1, count + 1, dtype=np.uint64))
     return (z >> np.uint64(11)) * 2.0**-53
 
-# %% ../nbs/03a_augment.ipynb #b908aa5b
+# %% ../nbs/03a_augment.ipynb #d6717e33
 TIMES = ("repeat", "resize")
 
 
@@ -97,7 +97,7 @@ class Frames(NamedTuple):
         "(N,T) the nearer one of the two frames."
         return self.first if self.share is None else np.where(self.share <= 0.5, self.first, self.second)
 
-
+# %% ../nbs/03a_augment.ipynb #362091a6
 def crop_frames(
     frames,  # (N,) int64: lengths of the clips
     augment: Augment,
@@ -109,7 +109,7 @@ def crop_frames(
     count = np.maximum(count, 1)
     return np.floor(u[:, 1] * (frames - count + 1)).astype(np.int64), count
 
-# %% ../nbs/03a_augment.ipynb #e60bd6b4
+# %% ../nbs/03a_augment.ipynb #518d7f82
 def _repeated(n, T, u=None):
     "(N,T) frames of clips of n (N,1) frames: repeated or sampled; random if u (N,T+1) is given."
     t = np.arange(T)
@@ -119,14 +119,14 @@ def _repeated(n, T, u=None):
     inside = low + np.floor(u[:, 1:] * (high - low)).astype(np.int64)
     return np.where(n < T, (t + np.floor(u[:, :1] * n).astype(np.int64)) % n, inside)
 
-
+# %% ../nbs/03a_augment.ipynb #57130ee1
 def _resized(n, T):
     "Frames before and after each of T even places in clips of n (N,1) frames, and the share of the later one."
     place = np.clip((np.arange(T) + 0.5) * n / T - 0.5, 0, n - 1)
     first = np.floor(place).astype(np.int64)
     return first, np.minimum(first + 1, n - 1), (place - first).astype(np.float32)
 
-
+# %% ../nbs/03a_augment.ipynb #0796310c
 def choose_frames(
     frames,  # (N,) int64: lengths of the clips
     length: int,  # T
@@ -150,7 +150,7 @@ def choose_frames(
     first, second, share = _resized(n, length)
     return Frames(first + start, second + start, share)
 
-# %% ../nbs/03a_augment.ipynb #fdf46155
+# %% ../nbs/03a_augment.ipynb #f11111f5
 def blend_frames(
     x,  # (N,M,2T,V,C): joints in the first frames, then in the second ones
     visible,  # (N,M,2T,V)
@@ -165,7 +165,7 @@ def blend_frames(
     near, both, share = near[..., None], both[..., None], share[..., None]
     return torch.where(both, x0 + share * (x1 - x0), torch.where(near, x0, x1)), w
 
-# %% ../nbs/03a_augment.ipynb #4fd33478
+# %% ../nbs/03a_augment.ipynb #55753108
 def _turns(angles):
     "(N,3,3) R_z R_y R_x of angles (N,3) in radians; (N,2,2) of angles (N,1)."
     c, s, one, zero = np.cos(angles).T, np.sin(angles).T, np.ones(len(angles)), np.zeros(len(angles))
@@ -177,7 +177,7 @@ def _turns(angles):
     z = square(c[2], s[2], zero, -s[2], c[2], zero, zero, zero, one)
     return z @ y @ x
 
-
+# %% ../nbs/03a_augment.ipynb #25c7a80a
 def clip_matrices(
     augment: Augment,
     C: int,  # coordinates, 2 or 3
@@ -193,7 +193,7 @@ def clip_matrices(
     angles = math.radians(augment.rotate) * (2 * draw("rotate", 1 if C == 2 else 3) - 1)
     return (_turns(angles) @ A if augment.rotate else A), flipped
 
-# %% ../nbs/03a_augment.ipynb #ffc0d05e
+# %% ../nbs/03a_augment.ipynb #3193830e
 def mirror_joints(
     skeleton: Skeleton,
 ) -> np.ndarray:  # (V,) int64
@@ -212,7 +212,7 @@ def mirror_joints(
         )
     return swap
 
-# %% ../nbs/03a_augment.ipynb #f6219fe1
+# %% ../nbs/03a_augment.ipynb #339204d9
 def keep_joints(
     u,  # (N,M,V) random numbers
     p: float,  # probability of dropping
@@ -221,7 +221,7 @@ def keep_joints(
     kept = u >= p
     return kept | ~kept.any(axis=2, keepdims=True)
 
-
+# %% ../nbs/03a_augment.ipynb #11292a43
 def keep_bodies(
     u,  # (N,M) random numbers
     p: float,  # probability of dropping
@@ -231,7 +231,7 @@ def keep_bodies(
     score = torch.where(present, u, -torch.ones_like(u))
     return (u >= p) | (score == score.amax(1, keepdim=True))
 
-# %% ../nbs/03a_augment.ipynb #c83583ef
+# %% ../nbs/03a_augment.ipynb #47ebbdca
 def augment_joints(
     x: torch.Tensor,  # (N,M,T,V,C) prepared joints, 0 where missing
     visible: torch.Tensor,  # (N,M,T,V)
@@ -259,7 +259,7 @@ def augment_joints(
         x, visible = _only(x, visible, keep_bodies(u, augment.drop_bodies, present)[:, :, None, None])
     return x, visible
 
-
+# %% ../nbs/03a_augment.ipynb #39b3e22b
 def _times(x, A):
     "Each clip's matrix (N,C,C) times its points (N,…,C), coordinate by coordinate."
     A = A.to(x.dtype).view(len(A), 1, 1, 1, *A.shape[1:])

@@ -108,13 +108,13 @@ class PackedClips:
         return replace(self, tracks=self.tracks[ks], rows=self.rows[ks], starts=np.concatenate([[0], np.cumsum(counts)]),
                        frames=self.frames[indices], labels=self.labels[indices] if labels is None else labels)  # fmt: skip
 
-# %% ../nbs/03b_batches.ipynb #327f614d
+# %% ../nbs/03b_batches.ipynb #51785343
 def _ranges(starts, counts):
     "The numbers starts[i] … starts[i] + counts[i] − 1 of all i, one after the other."
     ends = np.cumsum(counts)
     return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
 
-
+# %% ../nbs/03b_batches.ipynb #427a07a0
 def _take(a, rows, device):
     "Rows of an array, a memory map or a tensor, in the stored type, on a device."
     if torch.is_tensor(a):
@@ -126,12 +126,12 @@ def _take(a, rows, device):
     np.take(a, rows, axis=0, out=locked.numpy(), mode="clip")
     return locked.to(device, non_blocking=True)
 
-
+# %% ../nbs/03b_batches.ipynb #6cd21610
 def _true_units(a, unit):
     "float32 in true units."
     return a.float() / torch.full((), float(unit), device=a.device) if unit != 1 else a.float()
 
-# %% ../nbs/03b_batches.ipynb #cdbae549
+# %% ../nbs/03b_batches.ipynb #b9631ec1
 def pack_clips(
     clips,  # Clips of one skeleton and one number of coordinates
     labels=None,  # class index of each clip; default: the clips' own labels, −1 where they have none
@@ -151,7 +151,7 @@ def pack_clips(
         np.asarray(labels, dtype=np.int64), clips[0].skeleton, preprocessed=clips[0].tags.get("preprocessed", ""),
     )  # fmt: skip
 
-
+# %% ../nbs/03b_batches.ipynb #a947da69
 def _check_alike(clip, other):
     "A clip can stand in a batch with another one, or ValueError."
     if clip.skeleton is None:
@@ -162,7 +162,7 @@ def _check_alike(clip, other):
     if clip.tags.get("preprocessed") != other.tags.get("preprocessed"):
         raise ValueError(f"of clips {clip.name!r} and {other.name!r} one was preprocessed before and the other wasn't")
 
-# %% ../nbs/03b_batches.ipynb #260614cc
+# %% ../nbs/03b_batches.ipynb #d31b9abf
 def unpack_clip(
     packed: PackedClips,  # clips as rows
     i: int,  # which one
@@ -177,7 +177,7 @@ def unpack_clip(
     out[0][place], out[1][place] = joints, visible
     return out
 
-# %% ../nbs/03b_batches.ipynb #2dfb5dd4
+# %% ../nbs/03b_batches.ipynb #2dd3af94
 @dataclass
 class Rows:
     "The R rows of the N clips of a batch, on the device, with the place of each."
@@ -200,7 +200,7 @@ class Rows:
         table[(self.clip * places + place) * T + self.time] = torch.where(present, number, -1)
         return table.view(N, places, T)
 
-# %% ../nbs/03b_batches.ipynb #5291e773
+# %% ../nbs/03b_batches.ipynb #42d9b696
 def gather_rows(
     packed: PackedClips,
     indices,  # which clips
@@ -219,7 +219,7 @@ def gather_rows(
     size = (N, int(slot.max()) + 1, int(rank.max()) + 1, int(frames.max()))
     return Rows(joints, visible, clip, time, slot_of, rank_of, torch.from_numpy(frames).to(device), size)
 
-# %% ../nbs/03b_batches.ipynb #9ecca010
+# %% ../nbs/03b_batches.ipynb #cb9910ed
 def _double(x):
     "float64, or float32 on devices that have no float64."
     return x.float() if x.device.type == "mps" else x.double()
@@ -232,7 +232,7 @@ def _pick(values, table):
         here, values[table.clamp(min=0)], torch.zeros((), dtype=values.dtype, device=values.device)
     )
 
-
+# %% ../nbs/03b_batches.ipynb #c86ad854
 def _reorder(table, order, num_bodies):
     "Table rows (N,S,T) in the order (N,S,T), the first num_bodies of them; missing bodies are −1."
     table = table.gather(1, order[:, :num_bodies].expand(-1, -1, table.shape[2]))
@@ -245,7 +245,7 @@ def _highest(table, score, num_bodies):
     score = torch.where((table >= 0).any(2), score, -torch.ones_like(score))
     return _reorder(table, score.argsort(dim=1, descending=True, stable=True)[..., None], num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #1435b16f
+# %% ../nbs/03b_batches.ipynb #b9c07178
 def by_spread(rows, table, num_bodies):
     "Bodies with the largest spread: standard deviation of all joints in all present frames, summed over x, y, z."
     x = _double(rows.joints)
@@ -254,7 +254,7 @@ def by_spread(rows, table, num_bodies):
     mean, square = (_pick(moments, table).sum(2) / n).chunk(2, 2)
     return _highest(table, (square - mean.square()).clamp(min=0).sqrt().sum(2), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #cad90463
+# %% ../nbs/03b_batches.ipynb #5fed5aea
 def by_score(rows, table, num_bodies):
     "In each frame the bodies with the highest scores, summed over joints."
     score = torch.zeros_like(_double(rows.visible[:, 0]))
@@ -263,7 +263,7 @@ def by_score(rows, table, num_bodies):
     score = torch.where(table >= 0, _pick(score, table), -torch.ones_like(score[:1]))
     return _reorder(table, score.argsort(dim=1, descending=True, stable=True), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #5f715690
+# %% ../nbs/03b_batches.ipynb #66c5a976
 def by_presence(rows, table, num_bodies):
     "Bodies that are present in the most frames."
     return _highest(table, _double((table >= 0).sum(2)), num_bodies)
@@ -275,7 +275,7 @@ def by_motion(rows, table, num_bodies):
     n = (table >= 0).sum(2, keepdim=True).clamp(min=1)
     return _highest(table, (x.square().sum(2) / n - (x.sum(2) / n).square()).sum(2), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #db4affb6
+# %% ../nbs/03b_batches.ipynb #88fcde81
 def by_denoising(rows, table, num_bodies):
     "By motion, without bodies of at most 11 frames or wider than 0.8 of their height (y is up) in over 70 % of them."
     size = rows.joints.amax(1) - rows.joints.amin(1)
@@ -287,7 +287,7 @@ def by_denoising(rows, table, num_bodies):
 
 BODY_RULES = {"spread": by_spread, "presence": by_presence, "motion": by_motion, "denoise": by_denoising}
 
-# %% ../nbs/03b_batches.ipynb #9f6aff6e
+# %% ../nbs/03b_batches.ipynb #1622c7de
 def _masked_median(values, mask, dim):
     "Median over a dimension where mask is true (mean of the middle two); 0 where there is nothing."
     ordered = torch.where(mask, values, torch.inf).sort(dim).values
@@ -295,7 +295,7 @@ def _masked_median(values, mask, dim):
     low, high = (ordered.gather(dim, i.clamp(0, values.shape[dim] - 1)) for i in ((n - 1) // 2, n // 2))
     return torch.where(n > 0, (low + high) / 2, torch.zeros_like(low)).squeeze(dim)
 
-# %% ../nbs/03b_batches.ipynb #52ee9a3a
+# %% ../nbs/03b_batches.ipynb #bf27505e
 def _nearest(mask):
     "(N,T): for each frame the nearest one where mask is true, the earlier of two; any if there is none."
     T = mask.shape[1]
@@ -304,7 +304,7 @@ def _nearest(mask):
     after = torch.where(mask, t, 3 * T).flip(1).cummin(1).values.flip(1)
     return torch.where(t - before <= after - t, before, after).clamp(0, T - 1)
 
-# %% ../nbs/03b_batches.ipynb #3d1dcdab
+# %% ../nbs/03b_batches.ipynb #38afb60a
 def _main_centre(rows, main, centre):
     "(N,T,C): where the main body's centre joint is in each frame."
     seen = _pick(rows.visible[:, centre], main) > 0
@@ -314,7 +314,7 @@ def _main_centre(rows, main, centre):
     mean = total / _pick(w.sum(1), main).sum(1).clamp(min=1)[:, None]
     return torch.where(seen.any(1)[:, None, None], path, mean[:, None])
 
-# %% ../nbs/03b_batches.ipynb #11aae27f
+# %% ../nbs/03b_batches.ipynb #2f856bcc
 def _main_height(rows, main, chain):
     "(N,): the main body's height; 1 where it can't be measured."
     chain = torch.tensor(chain, device=main.device)
@@ -326,13 +326,13 @@ def _main_height(rows, main, chain):
     height = torch.where(whole.any(1), by_frame, by_segment)
     return torch.where(height > 1e-6, height, torch.ones_like(height))
 
-# %% ../nbs/03b_batches.ipynb #c3dcd229
+# %% ../nbs/03b_batches.ipynb #41ea5e8a
 def _time_index(frames, length):
     "(N,length): which frame stands at time t: repeated if the clip is shorter, sampled evenly if it is longer."
     t, L = torch.arange(length, device=frames.device), frames[:, None]
     return torch.where(L <= length, t % L, (2 * t + 1) * L // (2 * length))
 
-# %% ../nbs/03b_batches.ipynb #5b2d569f
+# %% ../nbs/03b_batches.ipynb #1842412d
 def paper_joints(
     rows: Rows,
     skeleton: Skeleton,
@@ -357,7 +357,7 @@ def paper_joints(
     x = rows.joints[table.clamp(min=0)].sub_(centre[:, None, :, None])
     return x.div_(height.view(N, 1, 1, 1, 1)).mul_((visible > 0)[..., None]), visible
 
-# %% ../nbs/03b_batches.ipynb #d418435b
+# %% ../nbs/03b_batches.ipynb #36e40f19
 def rotation_onto(
     vectors,  # (N,3)
     axis: int,  # 0 for x, 1 for y, 2 for z
@@ -375,7 +375,7 @@ def rotation_onto(
     still = (v.abs().sum(1) < 1e-6) | (torch.linalg.cross(v, e).abs().sum(1) < 1e-6)
     return torch.where(still[:, None, None], eye, R).to(vectors.dtype)
 
-# %% ../nbs/03b_batches.ipynb #3b303834
+# %% ../nbs/03b_batches.ipynb #3917ec49
 def _fill(table, length):
     "Table (N,M,T) → (N,M,length): late bodies moved to the front without gaps, each body repeated from its own end."
     T = table.shape[2]
@@ -389,7 +389,7 @@ def _fill(table, length):
     t = torch.arange(length, device=table.device) % end.clamp(min=1)
     return table.gather(2, order.gather(2, t))
 
-# %% ../nbs/03b_batches.ipynb #2d12851c
+# %% ../nbs/03b_batches.ipynb #800f072e
 MAX_LISTED = 4  # the public NTU code looks at the first four bodies that a frame lists
 
 
@@ -404,7 +404,7 @@ def _sample_long(table, frames, length):
     L = frames[:, None]
     return _at(table, torch.where(L <= length, t.expand(len(frames), -1), (2 * t + 1) * L // (2 * length)))
 
-# %% ../nbs/03b_batches.ipynb #ad392084
+# %% ../nbs/03b_batches.ipynb #5cfd8d0e
 def msg3d_joints(
     rows: Rows,
     skeleton: Skeleton,
@@ -429,7 +429,7 @@ def msg3d_joints(
     x = _turned(_pick(rows.joints, table), skeleton)
     return x[:, :, 1:], _pick(rows.visible, table[:, :, 1:])
 
-# %% ../nbs/03b_batches.ipynb #941837a1
+# %% ../nbs/03b_batches.ipynb #2de39dfa
 def _turned(x, skeleton):
     "Centred on the main body, frame by frame, and turned by its spine and shoulders in frame 0."
     given = (x[..., 0] + x[..., 1] + x[..., 2]) != 0  # the public test for a missing joint
@@ -439,7 +439,7 @@ def _turned(x, skeleton):
         x = torch.einsum("nij,nmtvj->nmtvi", R, x)
     return x
 
-
+# %% ../nbs/03b_batches.ipynb #7740092d
 def _msg3d_flat(rows, skeleton, table, length, num_bodies, t):
     "Kinetics: image centre subtracted, y up, the best scores of each frame, zeros after the end."
     if skeleton.name != "openpose18":
@@ -454,7 +454,7 @@ def _msg3d_flat(rows, skeleton, table, length, num_bodies, t):
     x = (_pick(rows.joints, table) - 0.5) * rows.joints.new_tensor([1, -1])
     return x * (visible != 0)[..., None], visible
 
-# %% ../nbs/03b_batches.ipynb #119c0a80
+# %% ../nbs/03b_batches.ipynb #c3b36e23
 def prepared_joints(
     rows: Rows,
     skeleton: Skeleton,
@@ -473,7 +473,7 @@ def prepared_joints(
         table = torch.nn.functional.pad(table, (0, length - table.shape[2]), value=-1)
     return _pick(rows.joints, table), _pick(rows.visible, table)
 
-# %% ../nbs/03b_batches.ipynb #13dfcde2
+# %% ../nbs/03b_batches.ipynb #1bb2b6f2
 STREAMS = ("joint", "bone", "joint-motion", "bone-motion")
 PRESETS = {"paper": paper_joints, "msg3d": msg3d_joints}
 
@@ -484,7 +484,7 @@ class Batch(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
 
-
+# %% ../nbs/03b_batches.ipynb #d422e73a
 def bone_parents(
     skeleton: Skeleton,
     preprocess: str = "paper",  # preset
@@ -496,13 +496,13 @@ def bone_parents(
         parents[[nose, neck]] = nose
     return parents
 
-# %% ../nbs/03b_batches.ipynb #c8f9ce5b
+# %% ../nbs/03b_batches.ipynb #44e731e4
 def _difference(x, w, other_x, other_w, hide):
     "Difference of two joints or frames, and its visibility; 0 where it is not visible, if `hide`."
     x, w = other_x - x, torch.minimum(w, other_w)
     return (x * (w > 0)[..., None] if hide else x), w
 
-
+# %% ../nbs/03b_batches.ipynb #779eecdc
 def make_streams(x, visible, stream, parents, hide):
     "Joints (N,M,T,V,C) and visibility → the stream's values and visibility."
     if stream.startswith("bone"):
@@ -512,7 +512,7 @@ def make_streams(x, visible, stream, parents, hide):
         x, visible = _difference(x, visible, x[:, :, after], visible[:, :, after], hide)
     return x, visible
 
-# %% ../nbs/03b_batches.ipynb #d966a8b8
+# %% ../nbs/03b_batches.ipynb #10fe0a62
 def in_channels(
     clips,  # ClipStore, PackedClips, Clip, or the number of coordinates (2 or 3)
     preprocess: str = "paper",  # preset
@@ -522,7 +522,7 @@ def in_channels(
     C = clips if isinstance(clips, (int, np.integer)) else getattr(clips, "packed", clips).joints.shape[-1]
     return int(C) + (C == 2 or preprocess == "paper")
 
-# %% ../nbs/03b_batches.ipynb #ab809158
+# %% ../nbs/03b_batches.ipynb #cd76b146
 def _check(what, value, known):
     if value not in known:
         raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
@@ -532,7 +532,7 @@ def _check_number(what, value):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{what} must be an integer ≥ 1, got {value!r}")
 
-
+# %% ../nbs/03b_batches.ipynb #3121c871
 def _check_indices(indices, N):
     indices = np.arange(N) if indices is None else np.asarray(indices)
     if indices.dtype == bool:
@@ -546,7 +546,7 @@ def _check_indices(indices, N):
         raise IndexError(f"clip numbers go from 0 to {N - 1}; got {wrong[0]}")
     return indices.astype(np.int64)
 
-# %% ../nbs/03b_batches.ipynb #9a31cc49
+# %% ../nbs/03b_batches.ipynb #5fb2ca3f
 def preparation(
     clips: PackedClips,
     preprocess: str = "paper",  # preset
@@ -566,7 +566,7 @@ def preparation(
         )
     return prepared_joints
 
-# %% ../nbs/03b_batches.ipynb #6953787f
+# %% ../nbs/03b_batches.ipynb #5d776527
 def _over_time(prepare, rows, clips, indices, length, num_bodies, time, augment, seed):
     "Prepared joints (N,M,T,V,C) and visibility over the frames that `time` and `augment` choose."
     if time == "repeat" and not (augment and augment.in_time):
@@ -577,7 +577,7 @@ def _over_time(prepare, rows, clips, indices, length, num_bodies, time, augment,
     x, visible = prepare(rows, clips.skeleton, length, num_bodies, t=torch.cat([f.first, f.second], 1))
     return blend_frames(x, visible, f.share)
 
-# %% ../nbs/03b_batches.ipynb #08e2dec3
+# %% ../nbs/03b_batches.ipynb #f6754f68
 def _as_batch(x, visible, stream, preprocess, parents, dtype):
     "Joints (N,M,T,V,C) and visibility → the stream as (N,C,T,V,M)."
     (N, M, T, V, C), hide = x.shape, preprocess == "paper"
@@ -590,7 +590,7 @@ def _as_batch(x, visible, stream, preprocess, parents, dtype):
         out[:, -1] = visible.permute(0, 2, 3, 1)
     return out
 
-# %% ../nbs/03b_batches.ipynb #741ac2ba
+# %% ../nbs/03b_batches.ipynb #30e1744e
 @torch.no_grad()
 def make_batch(
     clips,  # PackedClips, a Clip or a list of Clips

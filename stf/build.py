@@ -34,7 +34,7 @@ except ImportError:  # Windows: builds go without a lock
 from .batches import pack_clip
 from .clips import Clip, ClipError, ntu_missing_skeletons, open_clips
 
-# %% ../nbs/03c_build.ipynb #789eeebd
+# %% ../nbs/03c_build.ipynb #df8889de
 ENCODINGS = (("uint8", 1), ("int16", 1000), ("float16", 1), ("float32", 1))  # (type, unit): stored = value × unit
 
 
@@ -46,7 +46,7 @@ def encode(
     "Values in a stored type."
     return np.round(values * np.float32(unit)).astype(dtype) if "int" in dtype else values.astype(dtype)
 
-
+# %% ../nbs/03c_build.ipynb #850a8a8c
 def _is_exact(values, dtype, unit):
     "Whether every value comes back unchanged from a stored type."
     low, high = (np.iinfo(dtype).min, np.iinfo(dtype).max) if "int" in dtype else (-np.inf, np.inf)
@@ -55,7 +55,7 @@ def _is_exact(values, dtype, unit):
     with np.errstate(over="ignore"):
         return np.array_equal(encode(values, dtype, unit).astype(np.float32) / np.float32(unit), values)
 
-
+# %% ../nbs/03c_build.ipynb #4ba5d2a9
 def exact_encodings(
     values: np.ndarray,  # float32
 ) -> list:  # of indices into ENCODINGS
@@ -63,7 +63,7 @@ def exact_encodings(
     few = values.reshape(-1)[:4096]  # most failures show at once
     return [i for i, code in enumerate(ENCODINGS) if _is_exact(few, *code) and _is_exact(values, *code)]
 
-# %% ../nbs/03c_build.ipynb #b7b33b3b
+# %% ../nbs/03c_build.ipynb #805470d4
 class StoreError(ValueError):
     "A store that can't be built or opened; the message says which, where, and what to do."
 
@@ -71,7 +71,7 @@ class StoreError(ValueError):
 class StoreBusy(StoreError):
     "A build that can't go on now, though nothing is wrong with the clips; what is finished is kept."
 
-
+# %% ../nbs/03c_build.ipynb #7209175c
 @contextmanager
 def _written_aside(path):
     "A file to write that gets its name when all is written: it is there whole or not at all."
@@ -83,13 +83,13 @@ def _written_aside(path):
         os.fsync(f.fileno())
     os.replace(aside, path)
 
-# %% ../nbs/03c_build.ipynb #770c6db5
+# %% ../nbs/03c_build.ipynb #a7f06f3b
 def json_bytes(value, indent=None) -> bytes:
     "JSON with a line break at the end; numpy numbers as numbers."
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=lambda o: o.tolist())
     return (text + "\n").encode()
 
-
+# %% ../nbs/03c_build.ipynb #904ce10f
 def _described(clip):
     "What a clip says about itself, apart from its arrays, as JSON holds it."
     about = {k: getattr(clip, k) for k in ("name", "label", "class_name", "tags", "split")}
@@ -98,7 +98,7 @@ def _described(clip):
     except (TypeError, AttributeError) as e:
         raise StoreError(f"clip {clip.name!r}: tags and split must hold plain numbers, texts and lists; got {clip.tags}, {clip.split}") from e
 
-# %% ../nbs/03c_build.ipynb #2c95ce96
+# %% ../nbs/03c_build.ipynb #bb357159
 def _body_of(clip):
     "The kind of a clip: what must be the same for all clips of a store."
     if clip.skeleton is None:
@@ -107,7 +107,7 @@ def _body_of(clip):
     return {"skeleton": asdict(clip.skeleton), "coordinates": clip.joints.shape[3],
             "preprocessed": clip.tags.get("preprocessed", ""), "example": clip.name}  # fmt: skip
 
-
+# %% ../nbs/03c_build.ipynb #7418fb1c
 def _same_body(a, b):
     "Two kinds are one, or StoreError."
     for what in ("skeleton", "coordinates", "preprocessed"):
@@ -118,7 +118,7 @@ def _same_body(a, b):
                 "a store holds one kind of body; build one store for each"
             )
 
-# %% ../nbs/03c_build.ipynb #1bf34be7
+# %% ../nbs/03c_build.ipynb #2ebce204
 def _sort_out(items, skip):
     "Clips that are kept, and the names skipped and the files refused, of Clips and ClipErrors."
     kept, skipped, refused = [], [], []
@@ -134,7 +134,7 @@ def _sort_out(items, skip):
             kept.append(item)
     return kept, skipped, refused
 
-
+# %% ../nbs/03c_build.ipynb #b8c17445
 def _kind_of(clips):
     "The one kind of all these clips; None if there are none."
     body = seen = None
@@ -146,7 +146,7 @@ def _kind_of(clips):
             _same_body(body, mine)
     return body
 
-# %% ../nbs/03c_build.ipynb #868715bf
+# %% ../nbs/03c_build.ipynb #5f1539fe
 def make_shard(
     items,  # Clips and ClipErrors
     skip=frozenset(),  # names to leave out
@@ -163,7 +163,7 @@ def make_shard(
     about = [_described(c) for c in clips]
     return {"meta": {"clips": about, "refused": refused, "skipped": skipped, "body": body, "exact": exact}, **arrays}
 
-# %% ../nbs/03c_build.ipynb #5b7c26c4
+# %% ../nbs/03c_build.ipynb #3e576fd9
 SHARD = 64  # clips in a shard: raw NTU files of one are about 25 MB
 _PARTS = ("clips", "tracks", "joints", "visible")
 
@@ -179,7 +179,7 @@ def save_shard(
             if key in shard:
                 np.save(f, shard[key], allow_pickle=False)
 
-
+# %% ../nbs/03c_build.ipynb #6440e824
 def load_shard(
     path,
     arrays: int = 4,  # how many of clips, tracks, joints, visible; 0: the description only
@@ -191,7 +191,7 @@ def load_shard(
             shard.update({key: np.load(f, allow_pickle=False) for key in _PARTS[:arrays]})
     return shard
 
-# %% ../nbs/03c_build.ipynb #858097de
+# %% ../nbs/03c_build.ipynb #b8eeb582
 class SetChecks:
     "What must hold between clips of different shards; `add` raises StoreError naming the clips that break it."
 
@@ -224,7 +224,7 @@ class SetChecks:
             raise StoreError(f"class name {name!r} belongs to labels {labels}: names must differ")
         return table
 
-# %% ../nbs/03c_build.ipynb #40876dfe
+# %% ../nbs/03c_build.ipynb #558e8cf3
 def _check_class(given, seen, clip, label, name):
     "A clip's label and class name agree with the given list of classes, or with the clips seen so far; StoreError otherwise."
     if label is None:
@@ -239,7 +239,7 @@ def _check_class(given, seen, clip, label, name):
         raise StoreError(f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {given[label]!r}: "
                          "give classes in the order of labels")  # fmt: skip
 
-# %% ../nbs/03c_build.ipynb #38a9df62
+# %% ../nbs/03c_build.ipynb #dcccb8af
 class _ArrayFile:
     "An .npy file written piece by piece, hashed as it goes."
 
@@ -263,7 +263,7 @@ class _ArrayFile:
         self.file.close()
         return {"bytes": size, "sha256": self.hash.hexdigest()}
 
-# %% ../nbs/03c_build.ipynb #f75ccd1a
+# %% ../nbs/03c_build.ipynb #0f6b42ea
 def _text_file(path, data):
     "Write bytes; their size and hash."
     with _written_aside(path) as f:
@@ -275,7 +275,7 @@ def header_checksum(header: dict) -> str:
     "Hash of a header without its own checksum."
     return hashlib.sha256(json_bytes({k: v for k, v in header.items() if k != "checksum"})).hexdigest()
 
-# %% ../nbs/03c_build.ipynb #6bfc21df
+# %% ../nbs/03c_build.ipynb #b17d74bd
 def _write_tables(paths, about, folder):
     "clips.npy (N,3) and tracks.npy (K,4) int32: ({file name: size and hash}, number of tracks, of rows)."
     parts = [load_shard(path, arrays=2) for path in paths]
@@ -288,7 +288,7 @@ def _write_tables(paths, about, folder):
         files[name] = file.close()
     return files, len(tracks), int(tracks[:, 1].sum(dtype=np.int64))
 
-
+# %% ../nbs/03c_build.ipynb #138f263f
 def _write_rows(paths, code, shapes, folder):
     "joints.npy and visible.npy, shard after shard."
     files = {k: _ArrayFile(folder / f"{k}.npy", code[k][0], shapes[k]) for k in code}
@@ -299,7 +299,7 @@ def _write_rows(paths, code, shapes, folder):
                 files[k].append(encode(shard[k], *code[k]))
     return {f"{k}.npy": f.close() for k, f in files.items()}
 
-
+# %% ../nbs/03c_build.ipynb #e76392a0
 def _write_texts(about, left_out, folder):
     "names.json, tags.jsonl and left_out.json."
     tags = b"".join(json_bytes({k: a[k] for k in ("tags", "split", "class_name")}) for a in about)
@@ -307,7 +307,7 @@ def _write_texts(about, left_out, folder):
     texts = {"names.json": names, "tags.jsonl": tags, "left_out.json": json_bytes(left_out, indent=1)}
     return {name: _text_file(folder / name, data) for name, data in texts.items()}
 
-# %% ../nbs/03c_build.ipynb #164a54e7
+# %% ../nbs/03c_build.ipynb #6e088f48
 FORMAT, VERSION = "stf-clips", 1
 
 
@@ -337,7 +337,7 @@ def join_shards(
     _text_file(folder / "header.json", json_bytes(header, indent=1))
     return header
 
-# %% ../nbs/03c_build.ipynb #3585c4b6
+# %% ../nbs/03c_build.ipynb #95a18252
 def _attempt(get, *args):
     "What get gives, or the ClipError that it raises."
     try:
@@ -345,7 +345,7 @@ def _attempt(get, *args):
     except ClipError as e:
         return e
 
-
+# %% ../nbs/03c_build.ipynb #a784b795
 def _items(clips):
     "Clips, with a ClipError in place of each that can't be read."
     clips = [clips] if isinstance(clips, Clip) else clips
@@ -358,7 +358,7 @@ def _items(clips):
             raise item
         yield item
 
-# %% ../nbs/03c_build.ipynb #108158fc
+# %% ../nbs/03c_build.ipynb #9f631720
 def _is_files(clips):
     return hasattr(clips, "read") and hasattr(clips, "parse") and hasattr(clips, "names")
 
@@ -370,7 +370,7 @@ def _stamp(path):
     found = os.stat(path) if os.path.exists(path) else None
     return (path, found.st_mtime_ns, found.st_size) if found else (path, 0, 0)
 
-
+# %% ../nbs/03c_build.ipynb #28a7ff34
 def _plan(clips, skip, *options):
     "A hash of what is to be built, with the files' times and sizes; None where that can't be told beforehand."
     if not _is_files(clips):
@@ -380,7 +380,7 @@ def _plan(clips, skip, *options):
     what = (FORMAT, VERSION, SHARD, stamps, list(clips.names), reading, sorted(skip), options)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
-# %% ../nbs/03c_build.ipynb #24918bed
+# %% ../nbs/03c_build.ipynb #b472d2ff
 def _read_raw(clips, start):
     "(number, raw bytes or ClipError) of the files of a shard."
     return [(i, _attempt(clips.read, i)) for i in range(start, min(start + SHARD, len(clips)))]
@@ -392,7 +392,7 @@ def _parse_shard(clips, raws, skip, path):
     save_shard(make_shard(items, skip), path)
     return path
 
-# %% ../nbs/03c_build.ipynb #d103ddc9
+# %% ../nbs/03c_build.ipynb #82359847
 _job = None  # of a worker process: what it parses, and what it leaves out
 
 
@@ -407,7 +407,7 @@ def _start_worker(clips, skip):
 def _work(raws, path):
     return _parse_shard(_job[0], raws, _job[1], path)
 
-# %% ../nbs/03c_build.ipynb #78b8fcd7
+# %% ../nbs/03c_build.ipynb #f647361a
 def _shards_in_pool(clips, todo, skip, workers):
     "Paths of shards in order; finished ones as they are. At most two shards more than workers are in memory."
     context = multiprocessing.get_context("spawn")
@@ -426,7 +426,7 @@ def _shards_in_pool(clips, todo, skip, workers):
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/03c_build.ipynb #abc48a41
+# %% ../nbs/03c_build.ipynb #1f8ecfe8
 def _shards_of_files(clips, partial, skip, workers):
     "Paths of the shards of files, made here or in a pool, or there already."
     todo = [partial / f"shard-{k:06d}" for k in range((len(clips) + SHARD - 1) // SHARD)]
@@ -436,7 +436,7 @@ def _shards_of_files(clips, partial, skip, workers):
     for k, path in enumerate(todo):
         yield path if path.exists() else _parse_shard(clips, _read_raw(clips, k * SHARD), skip, path)
 
-
+# %% ../nbs/03c_build.ipynb #538e23c9
 def _shards_of_items(clips, partial, skip):
     "Paths of the shards of any iterable, as it gives its clips."
     items = _items(clips)
@@ -447,13 +447,13 @@ def _shards_of_items(clips, partial, skip):
         save_shard(make_shard(run, skip), path)
         yield path
 
-# %% ../nbs/03c_build.ipynb #f6ace7dc
+# %% ../nbs/03c_build.ipynb #149c3031
 def partial_folder(folder) -> Path:
     "Where a store is built before it gets its name."
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     return folder.with_name(folder.name + ".partial")
 
-
+# %% ../nbs/03c_build.ipynb #1009ea84
 @contextmanager
 def _locked(partial):
     "Hold a build folder for this process."
@@ -466,7 +466,7 @@ def _locked(partial):
             raise StoreBusy(f"{partial}: another build of this store is running; wait for it, or stop it") from e
         yield
 
-
+# %% ../nbs/03c_build.ipynb #5dc760fa
 def _begin(partial, plan):
     "Keep what an interrupted build of the same plan has finished; clear away anything else."
     stored = partial / "plan"
@@ -477,13 +477,13 @@ def _begin(partial, plan):
         if plan is not None:
             _text_file(stored, plan.encode())
 
-# %% ../nbs/03c_build.ipynb #49daf383
+# %% ../nbs/03c_build.ipynb #ef5bfe0a
 def _is_built(folder, plan):
     "Whether the folder holds a whole store that was built by this very plan."
     stored = folder / "built_from"
     return plan is not None and (folder / "header.json").exists() and stored.exists() and stored.read_text() == plan
 
-
+# %% ../nbs/03c_build.ipynb #94975ec6
 def _refuse_existing(folder, overwrite):
     "StoreError if the folder is there and may not be replaced."
     is_store = (folder / "header.json").exists()
@@ -491,7 +491,7 @@ def _refuse_existing(folder, overwrite):
         cure = "give overwrite=True to replace it" if is_store else "it is no store, so nothing was touched"
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-
+# %% ../nbs/03c_build.ipynb #b8c49b02
 def _put_in_place(new, folder):
     "Rename a finished store to its name; one that is there already is first moved aside, then deleted."
     old = folder.with_name(folder.name + ".old")
@@ -501,7 +501,7 @@ def _put_in_place(new, folder):
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/03c_build.ipynb #4795dcce
+# %% ../nbs/03c_build.ipynb #ce0263f9
 def build_store(
     clips,  # what open_clips gives, any iterable or sequence of Clips, or a path
     folder,  # must not exist yet
@@ -525,7 +525,7 @@ def build_store(
             _begin(partial, plan)
             _build(clips, folder, partial, checks, skip, strict, progress, workers)
 
-
+# %% ../nbs/03c_build.ipynb #360ba910
 @contextmanager
 def _cleared(folder, partial, plan):
     "Clear the build folder away at the end, unless the build was stopped and can go on; errors of the disk as StoreError."
@@ -546,7 +546,7 @@ def _cleared(folder, partial, plan):
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/03c_build.ipynb #519a18b7
+# %% ../nbs/03c_build.ipynb #0a105abb
 def _build(clips, folder, partial, checks, skip, strict, progress, workers):
     "Shards, then the joined store, then its name; each step is left out if it is done already."
     if not ((partial / "joined").exists() and (partial / "store").exists()):
@@ -563,7 +563,7 @@ def _build(clips, folder, partial, checks, skip, strict, progress, workers):
         _text_file(partial / "joined", b"")
     _put_in_place(partial / "store", folder)
 
-
+# %% ../nbs/03c_build.ipynb #81fb19d7
 def _checked(shards, checks, strict, progress, total):
     "Paths of all shards, once they have passed the checks."
     paths = []
@@ -577,7 +577,7 @@ def _checked(shards, checks, strict, progress, total):
             bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
     return paths
 
-
+# %% ../nbs/03c_build.ipynb #ba38c686
 def _why_none(paths):
     "Why a build has no clips, for its error message."
     metas = [load_shard(p, arrays=0)["meta"] for p in paths]
@@ -585,7 +585,7 @@ def _why_none(paths):
     first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
     return f" ({len(refused)} could not be read, {skipped} were skipped{first})"
 
-# %% ../nbs/03c_build.ipynb #29422143
+# %% ../nbs/03c_build.ipynb #1829b261
 class SimulatedClips:
     "Noise in the shape of NTU RGB+D 60 (lengths, bodies, names), read and parsed like files: to try builds and measure them."
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'REBUILD', 'protocol_name', 'name_tags', 'protocol_side', 'split_sides',
-           'read_header', 'check_files', 'StoredClips', 'ClipStore', 'StoreView', 'subset_store', 'relabel_store',
-           'validation_split', 'fraction', 'MadeAhead', 'StoreSource', 'open_store', 'StoreError', 'StoreBusy',
-           'build_store']
+           'read_header', 'check_files', 'open_rows', 'StoredClips', 'BatchStore', 'ClipStore', 'StoreView',
+           'subset_store', 'relabel_store', 'validation_split', 'fraction', 'MadeAhead', 'StoreSource', 'open_store',
+           'StoreError', 'StoreBusy', 'build_store']
 
 # %% ../nbs/04_dataset.ipynb #aee59b35
 import difflib
@@ -30,7 +30,7 @@ from .skeleton import Skeleton
 
 _all_ = ["StoreError", "StoreBusy", "build_store"]  # are part of this module, too
 
-# %% ../nbs/04_dataset.ipynb #5a630a1e
+# %% ../nbs/04_dataset.ipynb #a469726a
 NTU_TRAINING_SUBJECTS = frozenset(
     (1, 2, 4, 5, 8, 9, 13, 14, 15, 16, 17, 18, 19, 25, 27, 28, 31, 34, 35, 38, 45, 46, 47, 49, 50, 52, 53, 54, 55, 56,
      57, 58, 59, 70, 74, 78, 80, 81, 82, 83, 84, 85, 86, 89, 91, 92, 93, 94, 95, 97, 98, 100, 103)
@@ -46,7 +46,7 @@ def protocol_name(protocol: str) -> str:
     plain = _ALIASES.get(plain, plain)
     return plain if plain in PROTOCOLS else str(protocol)
 
-
+# %% ../nbs/04_dataset.ipynb #2086f402
 def name_tags(name: str) -> dict:
     "What an NTU name tells (setup, camera, …), or a Northwestern-UCLA name (action, subject, take, view), or {}."
     try:
@@ -55,7 +55,7 @@ def name_tags(name: str) -> dict:
         m = _UCLA_NAME.search(str(name))
         return dict(zip(("action", "subject", "take", "view"), map(int, m.groups()))) if m else {}
 
-# %% ../nbs/04_dataset.ipynb #9d118a30
+# %% ../nbs/04_dataset.ipynb #07d0bce0
 def protocol_side(
     tags: dict,  # of a clip: setup, camera, subject (NTU), or view (Northwestern-UCLA)
     protocol: str,  # x-sub, x-view or x-set
@@ -73,7 +73,7 @@ def protocol_side(
         return "test" if tags.get("view", tags.get("camera")) == 3 else "train"
     return None
 
-# %% ../nbs/04_dataset.ipynb #47b384d1
+# %% ../nbs/04_dataset.ipynb #222f4bde
 def _stored_and_ruled(store, protocol):
     "(side of each clip or '', all stored protocols): what is stored first, then the rule on its name."
     sides, stored = np.full(len(store), "", dtype="<U5"), set()
@@ -87,14 +87,14 @@ def _stored_and_ruled(store, protocol):
             sides[i] = protocol_side({**name_tags(name), **about["tags"]}, protocol) or ""
     return sides, stored
 
-
+# %% ../nbs/04_dataset.ipynb #2c15af58
 def _known_protocols(store, stored):
     "What to offer where a protocol doesn't apply."
     tags = {**name_tags(store.names[0]), **store.about(0)["tags"]}
     known = sorted(stored) + [v for k, v in PROTOCOLS.items() if k not in stored and protocol_side(tags, k)]
     return f"this store knows {', '.join(known)}" if known else "put your own in Clip.split, for example {'mine': 'train'}"
 
-
+# %% ../nbs/04_dataset.ipynb #a63c8092
 def split_sides(store, protocol):
     "(N,) array of 'train', 'test' or '' for each clip. StoreError if the protocol doesn't apply to all of them."
     protocol = protocol_name(protocol)
@@ -107,7 +107,7 @@ def split_sides(store, protocol):
                          f"and {len(missing) - 1} others")  # fmt: skip
     return sides
 
-# %% ../nbs/04_dataset.ipynb #9238a65d
+# %% ../nbs/04_dataset.ipynb #cba06615
 REBUILD = "the store is damaged: copy it again, or build it again"
 
 
@@ -131,7 +131,7 @@ def read_header(
         raise StoreError(f"{path}: the header was changed after it was written (its checksum differs); {REBUILD}")
     return header
 
-# %% ../nbs/04_dataset.ipynb #46d08817
+# %% ../nbs/04_dataset.ipynb #178ed311
 def check_files(folder, header):
     "All files of a store are there, in the size that the header says; StoreError otherwise."
     for name, known in header["files"].items():
@@ -141,7 +141,7 @@ def check_files(folder, header):
             found = "is missing" if size is None else f"has {size} bytes instead of {known['bytes']}"
             raise StoreError(f"{path}: {found}; {REBUILD}")
 
-
+# %% ../nbs/04_dataset.ipynb #41db3137
 def _left_out(folder):
     return json.loads((folder / "left_out.json").read_bytes())
 
@@ -153,7 +153,19 @@ def _file_hash(path):
             h.update(piece)
     return h.hexdigest()
 
-# %% ../nbs/04_dataset.ipynb #b89d7542
+# %% ../nbs/04_dataset.ipynb #18f910cc
+def open_rows(folder, header) -> PackedClips:
+    "A store's tables, and its rows as memory maps; labels as indices into the header's classes."
+    load = lambda name, mode=None: np.load(Path(folder) / f"{name}.npy", mmap_mode=mode)
+    frames, bodies, labels = load("clips").astype(np.int64).T
+    skeleton = Skeleton(**{f.name: header["skeleton"].get(f.name) for f in fields(Skeleton)})
+    return PackedClips(
+        load("joints", "r"), load("visible", "r"), load("tracks").astype(np.int64), np.concatenate([[0], np.cumsum(bodies)]),
+        frames, np.searchsorted([c["label"] for c in header["classes"]], labels), skeleton,
+        header["units"]["joints"], header["units"]["visible"], header.get("preprocessed", ""),
+    )  # fmt: skip
+
+# %% ../nbs/04_dataset.ipynb #b7127998
 class StoredClips:
     "A store's files, opened: names, labels, and clips by number. Raises StoreError if the store is damaged."
 
@@ -164,19 +176,12 @@ class StoredClips:
         self.folder = Path(folder)
         self.header = header = read_header(self.folder)
         check_files(self.folder, header)
-        load = lambda name, mode=None: np.load(self.folder / f"{name}.npy", mmap_mode=mode)
-        self.frames, bodies, label = load("clips").astype(np.int64).T
-        self.skeleton = Skeleton(**{f.name: header["skeleton"].get(f.name) for f in fields(Skeleton)})
+        self.packed = open_rows(self.folder, header)
+        self.skeleton, self.frames, self.labels = self.packed.skeleton, self.packed.frames, self.packed.labels
         self.classes = [c["name"] for c in header["classes"]]  # one a network output
         self.class_labels = np.array([c["label"] for c in header["classes"]], dtype=np.int64)  # as the files number them
-        self.labels = np.searchsorted(self.class_labels, label)  # (N,) int64 index into classes
         self.names = json.loads((self.folder / "names.json").read_bytes())
         self.nbytes = sum(header["files"][f"{k}.npy"]["bytes"] for k in ("joints", "visible"))  # what `to` takes
-        self.packed = PackedClips(
-            load("joints", "r"), load("visible", "r"), load("tracks").astype(np.int64),
-            np.concatenate([[0], np.cumsum(bodies)]), self.frames, self.labels, self.skeleton,
-            header["units"]["joints"], header["units"]["visible"], header.get("preprocessed", ""),
-        )  # fmt: skip
         self._on_device, self._about = None, None
 
     def __len__(self):
@@ -202,9 +207,9 @@ class StoredClips:
         label = int(self.class_labels[self.labels[i]])
         return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-# %% ../nbs/04_dataset.ipynb #126414e0
-class ClipStore(StoredClips):
-    "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
+# %% ../nbs/04_dataset.ipynb #0dc0c36b
+class BatchStore(StoredClips):
+    "Stored clips that make batches, from the memory map or from rows that are kept on a device."
 
     def to(self, device):
         "Keep all rows on a device, where batches are then made; `to(None)` lets go of them. Returns the store."
@@ -239,6 +244,10 @@ class ClipStore(StoredClips):
     ):
         "Iterator over the batches of some groups of clips: exactly those of `batch`, made while the network works. See MadeAhead."
         return MadeAhead(self, groups, prefetch, options)
+
+# %% ../nbs/04_dataset.ipynb #50a0a7a1
+class ClipStore(BatchStore):
+    "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
     def split(
         self,
@@ -302,7 +311,7 @@ class ClipStore(StoredClips):
         build_store(clips, folder, classes, skip, strict, progress, overwrite, workers)
         return cls(folder)
 
-# %% ../nbs/04_dataset.ipynb #9d409336
+# %% ../nbs/04_dataset.ipynb #9fabbae9
 class StoreView(ClipStore):
     "Some clips of a store, perhaps under other classes. Everything a store can do, on the same files."
 
@@ -335,7 +344,7 @@ class StoreView(ClipStore):
         about = self.base.about(int(self.numbers[i]))
         return {**about, "class_name": self.classes[self.labels[i]]} if self.own_classes else about
 
-# %% ../nbs/04_dataset.ipynb #34d37303
+# %% ../nbs/04_dataset.ipynb #750f6b3a
 def _class_number(store, given):
     "Number of a class given by name or number; StoreError with the closest name if there is none."
     if isinstance(given, (int, np.integer)) and 0 <= given < len(store.classes):
@@ -346,7 +355,7 @@ def _class_number(store, given):
     hint = f"did you mean {near[0]!r}?" if near else f"there are {len(store.classes)}, from {store.classes[0]!r} to {store.classes[-1]!r}"
     raise StoreError(f"{store.folder}: no class {given!r} in this store; {hint}")
 
-
+# %% ../nbs/04_dataset.ipynb #2ef0229e
 def subset_store(store, indices=None, classes=None):
     "The work of ClipStore.subset."
     numbers = _check_indices(indices, len(store))
@@ -357,7 +366,7 @@ def subset_store(store, indices=None, classes=None):
         raise StoreError(f"{store.folder}: a class is named twice: {list(classes)}")
     return _relabelled(store, numbers, {k: i for i, k in enumerate(chosen)}, [store.classes[k] for k in chosen])
 
-
+# %% ../nbs/04_dataset.ipynb #e1e34242
 def _relabelled(store, numbers, new, classes):
     "A view of the clips whose class number has a new one."
     table = np.array([new.get(k, -1) for k in range(len(store.classes))])
@@ -366,7 +375,7 @@ def _relabelled(store, numbers, new, classes):
         raise StoreError(f"{store.folder}: no clip is left of classes {', '.join(map(repr, classes[:5]))}")
     return StoreView(store, numbers[labels >= 0], labels[labels >= 0], classes)
 
-# %% ../nbs/04_dataset.ipynb #97070382
+# %% ../nbs/04_dataset.ipynb #9eef8a72
 def relabel_store(store, to, classes=None):
     "The work of ClipStore.relabel."
     if not isinstance(to, dict):
@@ -382,12 +391,12 @@ def relabel_store(store, to, classes=None):
     new = {k: classes.index(n) for k, n in enumerate(named) if n is not None}
     return _relabelled(store, np.arange(len(store)), new, classes)
 
-# %% ../nbs/04_dataset.ipynb #eea911e7
+# %% ../nbs/04_dataset.ipynb #c30f3f05
 def _shuffled(items, seed):
     "In an order that depends on the seed only (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
 
-
+# %% ../nbs/04_dataset.ipynb #c60b7081
 def _groups(store, numbers, by):
     "{value of a tag: clip numbers}; StoreError for a clip without it."
     groups = {}
@@ -398,7 +407,7 @@ def _groups(store, numbers, by):
         groups.setdefault(json.dumps(tags[by]), []).append(i)
     return groups
 
-# %% ../nbs/04_dataset.ipynb #892ea288
+# %% ../nbs/04_dataset.ipynb #b8b903ee
 def validation_split(
     store: ClipStore,
     train,  # clip numbers of the training side
@@ -420,7 +429,7 @@ def validation_split(
             break
     return np.setdiff1d(train, held), np.sort(np.array(held, dtype=np.int64))
 
-# %% ../nbs/04_dataset.ipynb #32eb4bba
+# %% ../nbs/04_dataset.ipynb #1c7418f4
 def fraction(
     store: ClipStore,
     train,  # clip numbers of the training side
@@ -437,7 +446,7 @@ def fraction(
     groups = [order[of == k] for k in np.unique(of)]
     return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))
 
-# %% ../nbs/04_dataset.ipynb #c1aa225c
+# %% ../nbs/04_dataset.ipynb #3aef12b6
 def _make_on(device, make):
     "(batch, event): made on a stream of the calling thread's own; event is None on the CPU."
     if device.type != "cuda":
@@ -452,7 +461,7 @@ def _make_on(device, make):
 
     return made
 
-
+# %% ../nbs/04_dataset.ipynb #f5660965
 def _fill(groups, made, ready, stop):
     "The thread: batches, or the error that ended it, into the queue until it is told to stop."
     for indices in groups:
@@ -469,7 +478,7 @@ def _fill(groups, made, ready, stop):
         if stop.is_set() or isinstance(item, Exception):
             return
 
-# %% ../nbs/04_dataset.ipynb #07286ad8
+# %% ../nbs/04_dataset.ipynb #32162597
 class MadeAhead:
     "Iterator over batches that a thread makes ahead. An error comes as StoreError with the clips' names; `close` ends the thread."
 
@@ -543,7 +552,7 @@ class MadeAhead:
         if stop := getattr(self, "stop", None):
             stop.set()
 
-# %% ../nbs/04_dataset.ipynb #720c733e
+# %% ../nbs/04_dataset.ipynb #12bef5bd
 class StoreSource:
     "A store in the form that `open_clips` gives."
 
@@ -564,7 +573,7 @@ class StoreSource:
     def parse(self, i, raw):
         return self.store[i]
 
-
+# %% ../nbs/04_dataset.ipynb #4d48e65f
 def open_store(
     path,  # maybe a store
 ):  # Clips, or None
