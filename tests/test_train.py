@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import stf.train as train
+from safetensors.torch import save as to_bytes
 from stf.skeleton import Skeleton
 from stf.train import (Config, ConfigError, Run, epoch_batches, learning_rate, load_checkpoint, make_header, presets,
                        run, run_stf, save_checkpoint, start_from)
@@ -190,8 +191,8 @@ def test_weights_only_checkpoint_can_be_replaced_and_read(tmp_path, whole):
 
 @pytest.mark.parametrize("spoil, error, message", [
     (lambda p: p.write_bytes(p.read_bytes()[:100]), ValueError, "weights.safetensors: not a readable"),
-    (lambda p: p.write_bytes(train.to_bytes({"a": torch.zeros(1)})), ValueError, "header format None"),
-    (lambda p: p.write_bytes(train.to_bytes({"a": torch.zeros(1)}, {"format": "7"})), ValueError, "header format 7"),
+    (lambda p: p.write_bytes(to_bytes({"a": torch.zeros(1)})), ValueError, "header format None"),
+    (lambda p: p.write_bytes(to_bytes({"a": torch.zeros(1)}, {"format": "7"})), ValueError, "header format 7"),
 ])  # fmt: skip
 def test_spoilt_checkpoints_are_refused(tmp_path, whole, spoil, error, message):
     net, header = load_checkpoint(whole.folder)
