@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'NETWORKS', 'Beta', 'time_cells', 'Alpha', 'STFModule', 'STFNet', 'adjacency_statistics', 'network_name',
            'network_class', 'save_network', 'read_header', 'load_network']
 
-# %% ../nbs/06_stf_module.ipynb #6569c58a
+# %% ../nbs/06_stf_module.ipynb #8d1ed971
 import json
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .backbone import MSG3D, normalise
+from .backbone import MSG3D, ChannelMix, apply_layer, as_maps, as_rows, conv_weights, norm_relu, normalise
 from .skeleton import Skeleton
 
-# %% ../nbs/06_stf_module.ipynb #52144588
+# %% ../nbs/06_stf_module.ipynb #fefd9bfe
 class Beta(nn.Module):
     "β: features (B,C,T,V) → embedding (B,T,V) in 0..1 (Fig. 2d)."
 
@@ -36,10 +36,10 @@ class Beta(nn.Module):
         ])  # fmt: skip
 
     def forward(self, x, running=False):
-        conv1, bn1, conv2, bn2, conv3 = self.layers
-        h = F.relu(normalise(bn1, conv1(x), running))
-        h = F.relu(normalise(bn2, conv2(h), running))
-        return torch.sigmoid(conv3(h)).squeeze(1)
+        x, (conv1, bn1, conv2, bn2, conv3) = as_rows(x), self.layers
+        h = norm_relu(bn1, apply_layer(ChannelMix, x, *conv_weights(conv1, x)), running)
+        h = norm_relu(bn2, as_rows(conv2(as_maps(h))), running)
+        return torch.sigmoid(F.linear(h, *conv_weights(conv3, h))).squeeze(3)
 
 # %% ../nbs/06_stf_module.ipynb #950705ea
 @lru_cache(maxsize=64)
