@@ -163,7 +163,7 @@ def make_shard(
     about = [_described(c) for c in clips]
     return {"meta": {"clips": about, "refused": refused, "skipped": skipped, "body": body, "exact": exact}, **arrays}
 
-# %% ../nbs/03c_build.ipynb #3e576fd9
+# %% ../nbs/03c_build.ipynb #e94a628d
 SHARD = 64  # clips in a shard: raw NTU files of one are about 25 MB
 _PARTS = ("clips", "tracks", "joints", "visible")
 
@@ -179,7 +179,7 @@ def save_shard(
             if key in shard:
                 np.save(f, shard[key], allow_pickle=False)
 
-# %% ../nbs/03c_build.ipynb #6440e824
+# %% ../nbs/03c_build.ipynb #866eed33
 def load_shard(
     path,
     arrays: int = 4,  # how many of clips, tracks, joints, visible; 0: the description only
@@ -191,7 +191,7 @@ def load_shard(
             shard.update({key: np.load(f, allow_pickle=False) for key in _PARTS[:arrays]})
     return shard
 
-# %% ../nbs/03c_build.ipynb #b8eeb582
+# %% ../nbs/03c_build.ipynb #ce745fe3
 class SetChecks:
     "What must hold between clips of different shards; `add` raises StoreError naming the clips that break it."
 
@@ -224,7 +224,7 @@ class SetChecks:
             raise StoreError(f"class name {name!r} belongs to labels {labels}: names must differ")
         return table
 
-# %% ../nbs/03c_build.ipynb #558e8cf3
+# %% ../nbs/03c_build.ipynb #95378292
 def _check_class(given, seen, clip, label, name):
     "A clip's label and class name agree with the given list of classes, or with the clips seen so far; StoreError otherwise."
     if label is None:
@@ -239,7 +239,7 @@ def _check_class(given, seen, clip, label, name):
         raise StoreError(f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {given[label]!r}: "
                          "give classes in the order of labels")  # fmt: skip
 
-# %% ../nbs/03c_build.ipynb #dcccb8af
+# %% ../nbs/03c_build.ipynb #6fee11bd
 class _ArrayFile:
     "An .npy file written piece by piece, hashed as it goes."
 
@@ -263,7 +263,7 @@ class _ArrayFile:
         self.file.close()
         return {"bytes": size, "sha256": self.hash.hexdigest()}
 
-# %% ../nbs/03c_build.ipynb #0f6b42ea
+# %% ../nbs/03c_build.ipynb #484bd00a
 def _text_file(path, data):
     "Write bytes; their size and hash."
     with _written_aside(path) as f:
@@ -275,7 +275,7 @@ def header_checksum(header: dict) -> str:
     "Hash of a header without its own checksum."
     return hashlib.sha256(json_bytes({k: v for k, v in header.items() if k != "checksum"})).hexdigest()
 
-# %% ../nbs/03c_build.ipynb #b17d74bd
+# %% ../nbs/03c_build.ipynb #b5b764e3
 def _write_tables(paths, about, folder):
     "clips.npy (N,3) and tracks.npy (K,4) int32: ({file name: size and hash}, number of tracks, of rows)."
     parts = [load_shard(path, arrays=2) for path in paths]
@@ -288,7 +288,7 @@ def _write_tables(paths, about, folder):
         files[name] = file.close()
     return files, len(tracks), int(tracks[:, 1].sum(dtype=np.int64))
 
-# %% ../nbs/03c_build.ipynb #138f263f
+# %% ../nbs/03c_build.ipynb #765bf1cc
 def _write_rows(paths, code, shapes, folder):
     "joints.npy and visible.npy, shard after shard."
     files = {k: _ArrayFile(folder / f"{k}.npy", code[k][0], shapes[k]) for k in code}
@@ -299,7 +299,7 @@ def _write_rows(paths, code, shapes, folder):
                 files[k].append(encode(shard[k], *code[k]))
     return {f"{k}.npy": f.close() for k, f in files.items()}
 
-# %% ../nbs/03c_build.ipynb #e76392a0
+# %% ../nbs/03c_build.ipynb #5dd380ec
 def _write_texts(about, left_out, folder):
     "names.json, tags.jsonl and left_out.json."
     tags = b"".join(json_bytes({k: a[k] for k in ("tags", "split", "class_name")}) for a in about)
@@ -307,7 +307,7 @@ def _write_texts(about, left_out, folder):
     texts = {"names.json": names, "tags.jsonl": tags, "left_out.json": json_bytes(left_out, indent=1)}
     return {name: _text_file(folder / name, data) for name, data in texts.items()}
 
-# %% ../nbs/03c_build.ipynb #6e088f48
+# %% ../nbs/03c_build.ipynb #96c3b221
 FORMAT, VERSION = "stf-clips", 1
 
 
@@ -337,7 +337,7 @@ def join_shards(
     _text_file(folder / "header.json", json_bytes(header, indent=1))
     return header
 
-# %% ../nbs/03c_build.ipynb #95a18252
+# %% ../nbs/03c_build.ipynb #b3ea752a
 def _attempt(get, *args):
     "What get gives, or the ClipError that it raises."
     try:
@@ -345,7 +345,7 @@ def _attempt(get, *args):
     except ClipError as e:
         return e
 
-# %% ../nbs/03c_build.ipynb #a784b795
+# %% ../nbs/03c_build.ipynb #47e91cdf
 def _items(clips):
     "Clips, with a ClipError in place of each that can't be read."
     clips = [clips] if isinstance(clips, Clip) else clips
@@ -358,7 +358,7 @@ def _items(clips):
             raise item
         yield item
 
-# %% ../nbs/03c_build.ipynb #9f631720
+# %% ../nbs/03c_build.ipynb #3fbd34c4
 def _is_files(clips):
     return hasattr(clips, "read") and hasattr(clips, "parse") and hasattr(clips, "names")
 
@@ -370,7 +370,7 @@ def _stamp(path):
     found = os.stat(path) if os.path.exists(path) else None
     return (path, found.st_mtime_ns, found.st_size) if found else (path, 0, 0)
 
-# %% ../nbs/03c_build.ipynb #28a7ff34
+# %% ../nbs/03c_build.ipynb #922952bf
 def _plan(clips, skip, *options):
     "A hash of what is to be built, with the files' times and sizes; None where that can't be told beforehand."
     if not _is_files(clips):
@@ -380,7 +380,7 @@ def _plan(clips, skip, *options):
     what = (FORMAT, VERSION, SHARD, stamps, list(clips.names), reading, sorted(skip), options)
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
-# %% ../nbs/03c_build.ipynb #b472d2ff
+# %% ../nbs/03c_build.ipynb #27ed9e96
 def _read_raw(clips, start):
     "(number, raw bytes or ClipError) of the files of a shard."
     return [(i, _attempt(clips.read, i)) for i in range(start, min(start + SHARD, len(clips)))]
@@ -392,7 +392,7 @@ def _parse_shard(clips, raws, skip, path):
     save_shard(make_shard(items, skip), path)
     return path
 
-# %% ../nbs/03c_build.ipynb #82359847
+# %% ../nbs/03c_build.ipynb #6b119f58
 _job = None  # of a worker process: what it parses, and what it leaves out
 
 
@@ -407,7 +407,7 @@ def _start_worker(clips, skip):
 def _work(raws, path):
     return _parse_shard(_job[0], raws, _job[1], path)
 
-# %% ../nbs/03c_build.ipynb #f647361a
+# %% ../nbs/03c_build.ipynb #79477641
 def _shards_in_pool(clips, todo, skip, workers):
     "Paths of shards in order; finished ones as they are. At most two shards more than workers are in memory."
     context = multiprocessing.get_context("spawn")
@@ -426,7 +426,7 @@ def _shards_in_pool(clips, todo, skip, workers):
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
-# %% ../nbs/03c_build.ipynb #1f8ecfe8
+# %% ../nbs/03c_build.ipynb #4569e7c2
 def _shards_of_files(clips, partial, skip, workers):
     "Paths of the shards of files, made here or in a pool, or there already."
     todo = [partial / f"shard-{k:06d}" for k in range((len(clips) + SHARD - 1) // SHARD)]
@@ -436,7 +436,7 @@ def _shards_of_files(clips, partial, skip, workers):
     for k, path in enumerate(todo):
         yield path if path.exists() else _parse_shard(clips, _read_raw(clips, k * SHARD), skip, path)
 
-# %% ../nbs/03c_build.ipynb #538e23c9
+# %% ../nbs/03c_build.ipynb #d68d7f08
 def _shards_of_items(clips, partial, skip):
     "Paths of the shards of any iterable, as it gives its clips."
     items = _items(clips)
@@ -447,13 +447,13 @@ def _shards_of_items(clips, partial, skip):
         save_shard(make_shard(run, skip), path)
         yield path
 
-# %% ../nbs/03c_build.ipynb #149c3031
+# %% ../nbs/03c_build.ipynb #45fa1ccc
 def partial_folder(folder) -> Path:
     "Where a store is built before it gets its name."
     folder = Path(folder) if Path(folder).name not in ("", "..") else Path(folder).resolve()
     return folder.with_name(folder.name + ".partial")
 
-# %% ../nbs/03c_build.ipynb #1009ea84
+# %% ../nbs/03c_build.ipynb #fe500496
 @contextmanager
 def _locked(partial):
     "Hold a build folder for this process."
@@ -466,24 +466,24 @@ def _locked(partial):
             raise StoreBusy(f"{partial}: another build of this store is running; wait for it, or stop it") from e
         yield
 
-# %% ../nbs/03c_build.ipynb #5dc760fa
+# %% ../nbs/03c_build.ipynb #e9db781a
 def _begin(partial, plan):
     "Keep what an interrupted build of the same plan has finished; clear away anything else."
     stored = partial / "plan"
-    if plan is None or not stored.exists() or stored.read_text() != plan:
-        for path in partial.iterdir():
-            if path.name != "lock":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if plan is not None:
-            _text_file(stored, plan.encode())
+    same = plan is not None and stored.exists() and stored.read_text() == plan
+    for path in partial.iterdir():
+        if path.name != "lock" and (not same or path.suffix == ".writing"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    if plan is not None and not same:
+        _text_file(stored, plan.encode())
 
-# %% ../nbs/03c_build.ipynb #ef5bfe0a
+# %% ../nbs/03c_build.ipynb #a0a0aa1f
 def _is_built(folder, plan):
     "Whether the folder holds a whole store that was built by this very plan."
     stored = folder / "built_from"
     return plan is not None and (folder / "header.json").exists() and stored.exists() and stored.read_text() == plan
 
-# %% ../nbs/03c_build.ipynb #94975ec6
+# %% ../nbs/03c_build.ipynb #f0f5a52e
 def _refuse_existing(folder, overwrite):
     "StoreError if the folder is there and may not be replaced."
     is_store = (folder / "header.json").exists()
@@ -491,7 +491,7 @@ def _refuse_existing(folder, overwrite):
         cure = "give overwrite=True to replace it" if is_store else "it is no store, so nothing was touched"
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/03c_build.ipynb #b8c49b02
+# %% ../nbs/03c_build.ipynb #11fd7eed
 def _put_in_place(new, folder):
     "Rename a finished store to its name; one that is there already is first moved aside, then deleted."
     old = folder.with_name(folder.name + ".old")
@@ -501,7 +501,7 @@ def _put_in_place(new, folder):
     os.replace(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../nbs/03c_build.ipynb #ce0263f9
+# %% ../nbs/03c_build.ipynb #162138e1
 def build_store(
     clips,  # what open_clips gives, any iterable or sequence of Clips, or a path
     folder,  # must not exist yet
@@ -525,7 +525,7 @@ def build_store(
             _begin(partial, plan)
             _build(clips, folder, partial, checks, skip, strict, progress, workers)
 
-# %% ../nbs/03c_build.ipynb #360ba910
+# %% ../nbs/03c_build.ipynb #c7069575
 @contextmanager
 def _cleared(folder, partial, plan):
     "Clear the build folder away at the end, unless the build was stopped and can go on; errors of the disk as StoreError."
@@ -541,12 +541,21 @@ def _cleared(folder, partial, plan):
         raise
     except OSError as e:
         at, kept = f" at {e.filename}" if e.filename else "", f"; what is finished is kept in {partial}" if keep else ""
-        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror}; make room or choose another place, then build again{kept}") from e
+        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror or e}{_room(partial)}; "
+                         f"make room or choose another place, then build again{kept}") from e  # fmt: skip
     finally:
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/03c_build.ipynb #0a105abb
+# %% ../nbs/03c_build.ipynb #403560bc
+def _room(folder):
+    "How much room there is where a store is built, for its error message (numpy doesn't say why it can't write)."
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there)"
+    except OSError:
+        return ""
+
+# %% ../nbs/03c_build.ipynb #efe9da0d
 def _build(clips, folder, partial, checks, skip, strict, progress, workers):
     "Shards, then the joined store, then its name; each step is left out if it is done already."
     if not ((partial / "joined").exists() and (partial / "store").exists()):
@@ -563,7 +572,7 @@ def _build(clips, folder, partial, checks, skip, strict, progress, workers):
         _text_file(partial / "joined", b"")
     _put_in_place(partial / "store", folder)
 
-# %% ../nbs/03c_build.ipynb #81fb19d7
+# %% ../nbs/03c_build.ipynb #786d4ba7
 def _checked(shards, checks, strict, progress, total):
     "Paths of all shards, once they have passed the checks."
     paths = []
@@ -577,7 +586,7 @@ def _checked(shards, checks, strict, progress, total):
             bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
     return paths
 
-# %% ../nbs/03c_build.ipynb #ba38c686
+# %% ../nbs/03c_build.ipynb #70a86a7d
 def _why_none(paths):
     "Why a build has no clips, for its error message."
     metas = [load_shard(p, arrays=0)["meta"] for p in paths]
@@ -585,7 +594,7 @@ def _why_none(paths):
     first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
     return f" ({len(refused)} could not be read, {skipped} were skipped{first})"
 
-# %% ../nbs/03c_build.ipynb #1829b261
+# %% ../nbs/03c_build.ipynb #a1610037
 class SimulatedClips:
     "Noise in the shape of NTU RGB+D 60 (lengths, bodies, names), read and parsed like files: to try builds and measure them."
 

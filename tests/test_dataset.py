@@ -988,6 +988,17 @@ def test_a_build_goes_on_after_the_disk_was_full(tmp_path, monkeypatch, full_at)
     assert files_of(tmp_path / "s") == files_of(whole.folder) and not (tmp_path / "s.partial").exists()
 
 
+def test_a_short_write_says_how_much_room_there_is(tmp_path, monkeypatch):
+    "numpy's own error for a full disk has neither a number nor a reason (found on a real one)."
+
+    def short(*args, **more):
+        raise OSError("16384 requested and 4096 written")
+
+    monkeypatch.setattr(np, "save", short)
+    with pytest.raises(StoreError, match="16384 requested and 4096 written .*MB are free there"):
+        build(some(3), tmp_path / "s")
+
+
 def test_places_that_cannot_be(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(StoreError, match="the build stopped at .*file"):
