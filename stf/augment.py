@@ -212,14 +212,15 @@ def mirror_joints(
         )
     return swap
 
-# %% ../nbs/03a_augment.ipynb #339204d9
+# %% ../nbs/03a_augment.ipynb #9c474c4d
 def keep_joints(
     u,  # (N,M,V) random numbers
     p: float,  # probability of dropping
-) -> np.ndarray:  # (N,M,V) bool
-    "Which joints stay; a body that would lose all of them keeps all."
+    seen,  # (N,M,V) bool tensor: joints that are there in any frame
+):  # (N,M,V) bool tensor
+    "Which joints stay; a body that would lose all that is seen of it keeps all."
     kept = u >= p
-    return kept | ~kept.any(axis=2, keepdims=True)
+    return kept | ~(kept & seen).any(2, keepdim=True)
 
 # %% ../nbs/03a_augment.ipynb #11292a43
 def keep_bodies(
@@ -231,7 +232,7 @@ def keep_bodies(
     score = torch.where(present, u, -torch.ones_like(u))
     return (u >= p) | (score == score.amax(1, keepdim=True))
 
-# %% ../nbs/03a_augment.ipynb #47ebbdca
+# %% ../nbs/03a_augment.ipynb #6aa4632a
 def augment_joints(
     x: torch.Tensor,  # (N,M,T,V,C) prepared joints, 0 where missing
     visible: torch.Tensor,  # (N,M,T,V)
@@ -250,22 +251,15 @@ def augment_joints(
             x = torch.where(mirrored[..., None], x[:, :, :, swap], x)
             visible = torch.where(mirrored, visible[..., swap], visible)
         x = _times(x, put(A.astype(np.float32)))
-    if augment.drop_joints:
-        u = random_numbers(seed, clips, "drop_joints", M * V).reshape(N, M, V)
-        x, visible = _only(x, visible, put(keep_joints(u, augment.drop_joints))[:, :, None])
-    if augment.drop_bodies:
-        present = (x != 0).flatten(2).any(2) | (visible != 0).flatten(2).any(2)
-        u = put(random_numbers(seed, clips, "drop_bodies", M).astype(np.float32))
-        x, visible = _only(x, visible, keep_bodies(u, augment.drop_bodies, present)[:, :, None, None])
+    if augment.drop_joints or augment.drop_bodies:
+        seen = ((x != 0).any(4) | (visible != 0)).any(2)  # (N,M,V)
+        u, v = (put(random_numbers(seed, clips, use, n).astype(np.float32)) for use, n in (("drop_joints", M * V), ("drop_bodies", M)))
+        kept = keep_joints(u.view(N, M, V), augment.drop_joints, seen) & keep_bodies(v, augment.drop_bodies, seen.any(2))[..., None]
+        x, visible = x * kept[:, :, None, :, None], visible * kept[:, :, None]
     return x, visible
 
-# %% ../nbs/03a_augment.ipynb #39b3e22b
+# %% ../nbs/03a_augment.ipynb #dc481c91
 def _times(x, A):
     "Each clip's matrix (N,C,C) times its points (N,…,C), coordinate by coordinate."
     A = A.to(x.dtype).view(len(A), 1, 1, 1, *A.shape[1:])
     return sum(x[..., i, None] * A[..., i] for i in range(A.shape[-1]))
-
-
-def _only(x, visible, kept):
-    "0 where not kept."
-    return x * kept[..., None], visible * kept

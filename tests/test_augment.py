@@ -124,9 +124,13 @@ def test_a_clip_is_the_same_in_any_batch(preprocess, skeleton, time, augment):
 def test_what_is_missing_stays_missing(seed, M, T, length, time):
     c = clip(seed, M, T)
     augment = Augment(rotate=20, scale=0.1, flip=0.5, drop_joints=0.3, drop_bodies=0.5, crop=0.6)
-    x = make_batch(c, length=length, num_bodies=M, time=time, augment=augment, seed=seed).x[0]  # (C,T,V,M)
+    options = dict(length=length, num_bodies=M, time=time, seed=seed)
+    plain = make_batch(c, augment=Augment(crop=0.6), **options).x[0]
+    x = make_batch(c, augment=augment, **options).x[0]  # (C,T,V,M)
     assert set(x[3].unique().tolist()) <= {0.0, 1.0} and (x[:3].abs().sum(0)[x[3] == 0] == 0).all()
-    assert (x[3] > 0).any(), "somebody stays"
+    assert (x[3] > 0).any() == (plain[3] > 0).any(), "somebody stays, if somebody was there"
+    gone = plain[3][:, mirror_joints(NTU)].maximum(plain[3]) == 0  # neither the joint nor its mirror image
+    assert (x[3][gone] == 0).all()
 
 
 def test_rotation_keeps_lengths_and_flip_its_own_inverse():
