@@ -365,13 +365,13 @@ def check_course(config):
 
 CHECKS = (check_ranges, check_input, check_network, check_objective, check_course)
 
-# %% ../nbs/09b_config.ipynb #6f9db1d4
+# %% ../nbs/09b_config.ipynb #b9fe482b
 BENCHMARKS = {
     "ntu60-xsub": dict(data="data/ntu60", protocol="xsub"),
     "ntu60-xview": dict(data="data/ntu60", protocol="xview"),
     "ntu120-xsub": dict(data="data/ntu120", protocol="xsub", epochs=60, milestones=(20, 35, 50), stf_lr=5e-4),
     "ntu120-xset": dict(data="data/ntu120", protocol="xset", epochs=60, milestones=(20, 35, 50), stf_lr=5e-4),
-    "kinetics": dict(data="data/kinetics", protocol="val", gcn_scales=8, g3d_scales=8, epochs=65, milestones=(25, 40, 55), stf_lr=1e-4),
+    "kinetics": dict(data="data/kinetics", protocol="kinetics", gcn_scales=8, g3d_scales=8, epochs=65, milestones=(25, 40, 55), stf_lr=1e-4),
 }  # fmt: skip
 
 SMALL = dict(widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,), batch_size=16)
