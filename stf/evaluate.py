@@ -196,7 +196,7 @@ def confusions(
     pairs = [(scores.classes[i], scores.classes[j], counts[i, j], 100 * counts[i, j] / total[i]) for i, j in zip(rows[order], cols[order])]
     return pd.DataFrame(pairs, columns=["true", "predicted", "clips", "share"])
 
-# %% ../nbs/09_evaluate.ipynb #fab90810
+# %% ../nbs/09_evaluate.ipynb #a0d09650
 @torch.inference_mode()
 def predict_scores(
     net,  # network (N,C,T,V,M) → logits (N,K)
@@ -208,6 +208,7 @@ def predict_scores(
     num_bodies: int = 2,  # M
     batch_size: int = 64,  # clips at a time
     progress: bool = True,  # show a progress bar
+    **options,  # further ones of store.batch: bodies, time
 ) -> Scores:
     """Softmax probabilities of each clip, in the order of `indices`, with the network in evaluation mode.
 
@@ -221,7 +222,7 @@ def predict_scores(
     try:
         for start in tqdm(range(0, len(indices), batch_size), desc="predict", unit="batch", disable=not progress, leave=False):
             x, _ = store.batch(indices[start : start + batch_size], stream=stream, preprocess=preprocess, length=length,
-                               num_bodies=num_bodies, device=weight.device, dtype=weight.dtype)  # fmt: skip
+                               num_bodies=num_bodies, device=weight.device, dtype=weight.dtype, **options)  # fmt: skip
             rows.append(net(x).float().softmax(dim=1).cpu().numpy())
     finally:
         for module, mode in modes.items():

@@ -381,13 +381,15 @@ def share_statistics(t: Training, net):
     torch.distributed.broadcast(flat, 0)
     put_back(tensors, [part.view_as(b) for b, part in zip(tensors, flat.split([b.numel() for b in tensors]))])
 
-# %% ../nbs/10_train.ipynb #4c4369b9
+# %% ../nbs/10_train.ipynb #df6fec15
 def shared_scores(t: Training, indices, progress=False) -> Scores:
     "Each process asks its share of the clips; the answers are put together in order. In float32, whatever the training's precision."
     net, a = t.evaluated, t.accelerator
     share_statistics(t, net)
     mine = np.array_split(np.asarray(indices, dtype=np.int64), a.num_processes)[a.process_index]
-    part = predict_scores(net, t.store, mine, **batch_options(t.config), batch_size=t.config.batch_size, progress=progress and a.is_main_process)
+    at_once = -(-t.config.batch_size // t.config.accumulate)
+    with memory_advice(t, at_once):
+        part = predict_scores(net, t.store, mine, batch_size=at_once, progress=progress and a.is_main_process, **batch_options(t.config))
     if a.num_processes == 1:
         return part
     probabilities = np.concatenate(gather_object([part.probabilities]))
@@ -584,7 +586,7 @@ def settle(t: Training, keep: int = 0):
         for key, value in zip(["clips", *names], [len(indices), *sums]):
             t.sums[key] = t.sums.get(key, 0.0) + value
 
-# %% ../nbs/10_train.ipynb #d0547c2d
+# %% ../nbs/10_train.ipynb #283eefc7
 def check_finite(t, step, indices, names, values, norm):
     "FloatingPointError with the names of the step's clips, if a number of the step isn't finite."
     overflow = t.accelerator.scaler is not None and not math.isfinite(norm)
@@ -606,14 +608,14 @@ def train_step(
     ready=None,  # iterator over the batches of its parts; None: made now
 ):
     "One optimizer step; sums of the loss terms and of right answers grow. FloatingPointError names the clips if the loss is not finite."
-    with memory_advice(t, indices):
+    with memory_advice(t, -(-len(indices) // (t.config.accumulate * t.accelerator.num_processes))):
         t.optimizer.zero_grad(set_to_none=True)
         names, sums = backward(t, indices, ready)
         note(t, indices, names, sums, gradient_norm(t), pressed)
         update(t)
     t.step += 1
 
-# %% ../nbs/10_train.ipynb #53d9ce4b
+# %% ../nbs/10_train.ipynb #02dae30e
 class OutOfMemory(RuntimeError):
     "A step didn't fit; the message says what to change."
 
@@ -626,18 +628,18 @@ def is_out_of_memory(error) -> bool:
 
 
 @contextmanager
-def memory_advice(t: Training, indices):
+def memory_advice(t: Training, at_once: int):
     "OutOfMemory with the setting to change, where memory runs out; other errors pass."
     try:
         yield
     except Exception as e:
         if not is_out_of_memory(e):
             raise
-        c, parts = t.config, t.config.accumulate * t.accelerator.num_processes
-        advice = [f"accumulate={2 * c.accumulate} (the same step in smaller parts)"] if len(indices) >= 2 * parts else []
+        c = t.config
+        advice = [f"accumulate={2 * c.accumulate} (the same step in smaller parts)"] if at_once > 1 else []
         advice += ["precision='bf16'"] if c.precision == "float32" else []
         advice += [f"batch_size={max(1, c.batch_size // 2)} (in a new run)"] if c.batch_size > 1 else ["a smaller network"]
-        raise OutOfMemory(f"epoch {t.epoch + 1}, step {t.step + 1}: out of memory with {-(-len(indices) // parts)} clips of {c.length} frames at a time. "
+        raise OutOfMemory(f"epoch {t.epoch + 1}, step {t.step + 1}: out of memory with {at_once} clips of {c.length} frames at a time. "
                           f"The last checkpoint is untouched. Go on with {', or '.join(advice)}.") from e  # fmt: skip
 
 # %% ../nbs/10_train.ipynb #00e554e6

@@ -18,8 +18,8 @@ import torch  # noqa: E402
 from test_train import TinyStore, same, tiny, weights  # noqa: E402
 
 from stf.stf_module import NETWORKS, STFNet  # noqa: E402
-from stf.train import (ConfigError, Run, begin, epoch_batches, in_first, load_checkpoint, make_accelerator, run, running_statistics,  # noqa: E402
-                       train_step, training_mode)  # fmt: skip
+from stf.train import (ConfigError, Run, begin, epoch_batches, in_first, load_checkpoint, make_accelerator, only_one, run,  # noqa: E402
+                       running_statistics, train_step, training_mode)  # fmt: skip
 
 SELECTIONS = ["", "e", "d", "c", "g", "edcg"]
 
@@ -82,11 +82,13 @@ def launch(*args, **options):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    "What two processes told, and the folder in which they worked."
-    folder = tmp_path_factory.mktemp("two")
-    process = launch("program", folder, stderr=subprocess.PIPE, text=True)
-    errors = process.communicate(timeout=300)[1]
-    assert process.returncode == 0, errors[-3000:]
+    "What two processes told, and the folder in which they worked; test workers share it."
+    base = tmp_path_factory.getbasetemp()
+    with only_one((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two") as folder:
+        if not (folder / "told1.pt").exists():
+            process = launch("program", folder, stderr=subprocess.PIPE, text=True)
+            errors = process.communicate(timeout=300)[1]
+            assert process.returncode == 0, errors[-3000:]
     return [torch.load(folder / f"told{rank}.pt", weights_only=False) for rank in (0, 1)], folder
 
 

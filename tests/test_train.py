@@ -1,6 +1,8 @@
 """Training: configurations, checkpoints whole at every moment, exact resume after kill -9 and Ctrl-C, determinism, NaN."""
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,7 +20,10 @@ import torch
 
 import stf.train as train
 from safetensors.torch import save as to_bytes
-from stf.skeleton import Skeleton
+from stf.backbone import MSG3D
+from stf.clips import Clip, class_names
+from stf.dataset import ClipStore
+from stf.skeleton import SKELETONS, Skeleton
 from stf.train import (Config, ConfigError, Run, epoch_batches, learning_rate, load_checkpoint, make_header, presets,
                        run, run_stf, save_checkpoint, start_from)
 
@@ -378,3 +384,455 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, who
         pd.testing.assert_frame_equal(Run.load(folder).history, whole.history, check_exact=True)
     server.stdin.close()
     assert server.wait(timeout=20) == 0
+
+
+# ---- precision, parts, averages, schedules
+
+
+VARIANTS = {
+    "accumulate": dict(accumulate=2),
+    "ema": dict(ema=0.9),
+    "bf16": dict(precision="bf16"),
+    "all": dict(model="stf", losses="ed", accumulate=2, ema=0.9, precision="bf16", clip_grad=1.0, schedule="cosine", warmup=1, control="random"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_resumes_exactly(tmp_path, name, interruptible):
+    class Pressing(TinyStore):
+        calls = 0
+
+        def batch(self, indices, **options):
+            self.calls += 1
+            if self.calls == 5:
+                os.kill(os.getpid(), signal.SIGTERM)  # as a scheduler does
+            return super().batch(indices, **options)
+
+    options = dict(epochs=2, milestones=(1,), **VARIANTS[name])
+    first = run(tiny(tmp_path / "w", **options), TinyStore(), progress=False)
+    config = tiny(tmp_path / "c", **options)
+    with pytest.raises(KeyboardInterrupt, match="nothing is lost"):
+        run(config, Pressing(), progress=False)
+    again = run(config, TinyStore(), progress=False)
+    assert same(weights(again.folder), weights(first.folder)) and again.history.equals(first.history)
+    assert np.isfinite(first.history["loss"]).all() and all(v.dtype != torch.bfloat16 for v in weights(first.folder).values())
+
+
+def test_moving_average_is_what_is_scored_and_kept(tmp_path):
+    config = tiny(tmp_path / "e", ema=0.5, epochs=1)
+    r = run(config, TinyStore(), progress=False)
+    seen = {}
+    with train.own_randomness():
+        t = train.begin(config, TinyStore(), train.make_accelerator("cpu"))
+        train.seed_epoch(t)
+        mean = {k: v.clone() for k, v in t.net.named_parameters()}
+        with train.training_mode(t):
+            for step, indices in enumerate(epoch_batches(t.train, 5, 0, 0)):
+                train.train_step(t, indices)
+                d = min(0.5, (1 + step) / (10 + step))
+                mean = {k: d * m + (1 - d) * v.detach() for (k, m), v in zip(mean.items(), t.net.parameters())}
+    seen = dict(r.network().named_parameters())
+    for k, m in mean.items():
+        torch.testing.assert_close(seen[k].detach(), m.detach(), rtol=1e-5, atol=1e-7)
+    x, _ = TinyStore().batch(np.arange(14, 20))
+    np.testing.assert_allclose(r.scores.probabilities, r.network()(x).softmax(1).detach(), atol=1e-6)
+
+
+def test_gradient_is_clipped(tmp_path):
+    t = train.begin(tiny(tmp_path / "g", clip_grad=1e-3), TinyStore(), train.make_accelerator("cpu"))
+    with train.training_mode(t):
+        train.train_step(t, np.arange(5))
+    norm = torch.nn.utils.get_total_norm([p.grad for p in t.net.parameters()])
+    assert float(norm) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_schedules():
+    cosine = Config(lr=0.1, epochs=15, schedule="cosine", warmup=5)
+    assert np.allclose([learning_rate(cosine, e) for e in (0, 4, 5, 10)], [0.02, 0.1, 0.1, 0.05]) and 0 < learning_rate(cosine, 14) < 0.003
+    assert learning_rate(Config(warmup=2), 0) == 0.025 and learning_rate(Config(warmup=2), 2) == 0.05
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: Config(precision="fp8"), "did you mean 'fp16'"), (lambda: Config(precision="fp16", device="cpu"), "on the CPU use bf16"),
+    (lambda: Config(accumulate=0), "accumulate must be at least 1"), (lambda: Config(ema=1.0), "ema is a decay"),
+    (lambda: Config(warmup=50), "warmup must be shorter"), (lambda: Config(keep_best="ce"), "needs validation clips"),
+    (lambda: Config(keep_best="loss", validation=0.1), "keep_best 'loss' is unknown"), (lambda: Config(fraction=0.0), "fraction is a share"),
+    (lambda: Config(sync_bn=True, model="stf"), "no second derivative"), (lambda: Config(train_only="head"), "needs a trained network"),
+    (lambda: Config(classes="abc"), "classes must be a list of names"), (lambda: Config(classes=("a",)), "at least two"),
+    (lambda: Config(bodies="motion", preprocess="msg3d"), "is for preprocess='paper'"), (lambda: Config(aug_flip=2.0), "aug_flip must be"),
+    (lambda: Config(acumulate=2), "did you mean 'accumulate'"), (lambda: Config(schedule="cosin"), "did you mean 'cosine'"),
+    (lambda: Config.from_json("{"), "not the JSON"), (lambda: Config(dropout=1.0), "dropout is a share"),
+])  # fmt: skip
+def test_new_settings_are_checked(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()
+
+
+def test_configurations_of_old_runs_are_read():
+    root = Path(__file__).resolve().parent.parent / "data" / "results"
+    records = [json.loads(p.read_text()) for p in root.rglob("*.json")]
+    held = [r["config"] for r in records if isinstance(r, dict) and "config" in r]
+    for values in held:
+        config = Config.from_json(json.dumps(values))
+        assert (config.precision, config.accumulate, config.ema, config.fraction, config.bodies) == ("float32", 1, 0.0, 1.0, "spread") or "accumulate" in values
+    assert held
+
+
+def test_a_config_is_printed_saved_and_loaded(tmp_path):
+    config = Config.preset("kinetics-bone-stf-e", accumulate=4, classes=["abseiling", "archery"])
+    assert Config.load(config.save(tmp_path / "c.json")) == config
+    assert "* accumulate      4" in str(config) and "  batch_size      32" in str(config)
+
+
+def test_all_names_come_with_a_star():
+    names = {}
+    exec("from stf.train import *", names)
+    assert {"Config", "run", "run_stf", "preset", "presets", "second_stage", "load_checkpoint", "save_checkpoint", "publish", "import_msg3d"} <= set(names)
+
+
+# ---- which clips, which layers
+
+
+def test_fraction_is_of_the_training_clips(tmp_path):
+    part, val, test = train.splits(TinyStore(), tiny(tmp_path, fraction=0.5))
+    assert len(part) == 7 and set(part) < set(range(14)) and len(test) == 6
+    of_class = np.bincount(TinyStore().labels[train.splits(TinyStore(), tiny(tmp_path, fraction=0.4, stratified=True))[0]])
+    assert of_class.tolist() == [2, 2, 2]
+    r = run(tiny(tmp_path / "f", fraction=0.5, epochs=1), TinyStore(), progress=False)
+    assert r.record["clips"] == [7, 0, 6]
+
+
+def test_only_the_head_is_trained_and_other_classes_get_a_fresh_one(tmp_path, whole):
+    other = TinyStore()
+    other.classes, other.labels = ["left", "right"], np.arange(20) % 2
+    changes = dict(init=str(whole.folder), epochs=1)
+    with pytest.raises(ConfigError, match="its classes is"):
+        run(tiny(tmp_path / "a", **changes), other, progress=False)
+    r = run(tiny(tmp_path / "b", train_only="head", lr=0.5, **changes), other, progress=False)
+    before, after = weights(whole.folder), weights(r.folder)
+    assert all(torch.equal(before[k], after[k]) for k in before if not k.startswith("fc."))
+    assert after["fc.weight"].shape == (2, 6)
+    kept = run(tiny(tmp_path / "c", train_only="head", lr=0.5, **changes), TinyStore(), progress=False)
+    moved = weights(kept.folder)["fc.weight"]
+    assert moved.shape == (3, 6) and not torch.equal(moved, before["fc.weight"])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    "A real store of thirty clips of three classes, of changing length."
+    rng, made = np.random.default_rng(0), []
+    for i in range(30):
+        joints = np.cumsum(rng.normal(0, 0.1, (1, int(rng.integers(5, 12)), 3, 3)), axis=1).astype(np.float32) + np.arange(3, dtype=np.float32)[:, None]
+        made.append(Clip(joints, np.ones(joints.shape[:3], np.float32), f"c{i}", label=i % 3, class_name="abc"[i % 3], skeleton=HAND,
+                         split={"mine": "train" if i < 20 else "test"}))  # fmt: skip
+    return ClipStore.build(made, tmp_path_factory.mktemp("clips") / "store", progress=False)
+
+
+def test_some_classes_only(tmp_path, clips):
+    r = run(tiny(tmp_path / "s", protocol="mine", classes=("c", "a"), epochs=1), clips, progress=False)
+    assert r.scores.classes == ["c", "a"] and r.record["clips"] == [13, 0, 7] and load_checkpoint(r.folder)[1]["classes"] == ["c", "a"]
+    with pytest.raises(ValueError, match="'d'"):
+        run(tiny(tmp_path / "t", protocol="mine", classes=("a", "d")), clips, progress=False)
+
+
+def test_augmented_clips_resume_exactly_and_change_with_the_epoch(tmp_path, clips, interruptible):
+    options = dict(protocol="mine", aug_rotate=20.0, aug_crop=0.5, aug_drop_joints=0.2, accumulate=2, time="resize")
+    first = run(tiny(tmp_path / "w", **options), clips, progress=False)
+
+    class Pressing:
+        calls = 0
+
+        def __getattr__(self, name):
+            return getattr(clips, name)
+
+        def batch(self, indices, **more):
+            self.calls += 1
+            if self.calls == 8:
+                os.kill(os.getpid(), signal.SIGINT)
+            return clips.batch(indices, **more)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(tmp_path / "c", **options), Pressing(), progress=False)
+    again = run(tiny(tmp_path / "c", **options), clips, progress=False)
+    assert same(weights(again.folder), weights(first.folder))
+    assert load_checkpoint(first.folder)[1]["time"] == "resize"
+    t = train.begin(tiny(tmp_path / "t", **options), clips, train.make_accelerator("cpu"))
+    x = [t.batch([0, 1], **train.variants(t)).x]
+    t.epoch = 1
+    x += [t.batch([0, 1], **train.variants(t)).x, t.batch([0, 1]).x]
+    assert not torch.equal(x[0], x[1]) and not torch.equal(x[0], x[2])
+
+
+# ---- best, disk, memory
+
+
+def test_best_epoch_is_chosen_on_validation_clips_and_top1_is_the_last_ones(tmp_path, monkeypatch):
+    values = iter([40.0, 60.0, 60.0, 50.0])
+    monkeypatch.setattr(train, "top_k", lambda scores, k=1: next(values) if len(scores) == 5 else 7.0)
+    r = run(tiny(tmp_path / "b", validation=0.3, keep_best="accuracy", epochs=4), TinyStore(), progress=False)
+    assert r.record["best"] == {"epoch": 2, "value": 60.0}  # the first of equals
+    header = load_checkpoint(r.folder / "best")[1]
+    assert header["epoch"] == 2 and header["val_top1"] == 60.0 and load_checkpoint(r.folder)[1]["epoch"] == 4
+    assert not same(weights(r.folder), weights(r.folder / "best")) and r.top1 == 7
+    assert same(dict(r.network(best=True).state_dict()), weights(r.folder / "best"))
+
+
+def test_best_by_cross_entropy(tmp_path):
+    r = run(tiny(tmp_path / "b", validation=0.3, keep_best="ce", epochs=3), TinyStore(), progress=False)
+    assert r.record["best"]["epoch"] == int(r.history["val_ce"].argmin()) + 1
+    x, y = TinyStore().batch(train.splits(TinyStore(), r.config)[1])
+    ce = torch.nn.functional.cross_entropy(r.network(best=True)(x), y)
+    assert float(ce.detach()) == pytest.approx(r.history["val_ce"].min(), rel=1e-4)
+
+
+def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, whole, monkeypatch):
+    calls, real = [], os.fsync
+
+    def fsync(f):
+        calls.append(f)
+        if len(calls) == 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(f)
+
+    config = tiny(tmp_path / "d")
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OSError, match=r"no room left on the disk of .*d.*: make room, then start the same run again"):
+        run(config, TinyStore(), progress=False)
+    monkeypatch.undo()
+    assert not list(config.run_folder.glob("*.new")) and load_checkpoint(config.run_folder)
+    assert same(weights(run(config, TinyStore(), progress=False).folder), weights(whole.folder))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    "A disk of one megabyte."
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True) if shutil.which("mount") else None
+    if made is None or made.returncode:
+        pytest.skip("a small disk can be made by root on Linux only")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk, whole):
+    config = tiny(small_disk / "r", save_every=1)
+    filler = small_disk / "filler"
+    filler.write_bytes(b"0" * (shutil.disk_usage(small_disk).free - 60_000))
+    with pytest.raises(OSError, match="make room"):
+        run(config, TinyStore(), progress=False)
+    filler.unlink()
+    assert same(weights(run(config, TinyStore(), progress=False).folder), weights(whole.folder))
+
+
+class Hungry(TinyStore):
+    "More than four clips at a time don't fit, from the n-th batch on."
+
+    def __init__(self, error, n=0):
+        super().__init__()
+        self.error, self.n = error, n
+
+    def batch(self, indices, **options):
+        self.n -= len(indices) > 1
+        if self.n < 0 and 4 < len(indices) < 6:
+            raise self.error
+        return super().batch(indices, **options)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), MemoryError(),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")])  # fmt: skip
+def test_out_of_memory_says_what_to_change(tmp_path, error):
+    config = tiny(tmp_path / "o")
+    with pytest.raises(train.OutOfMemory, match=r"epoch 1, step 1: .* 5 clips of 8 frames .* accumulate=2 .*precision='bf16'.*batch_size=2"):
+        run(config, Hungry(error), progress=False)
+
+
+def test_a_run_that_ran_out_of_memory_goes_on_in_smaller_parts(tmp_path, whole):
+    config = tiny(tmp_path / "o")
+    with pytest.raises(train.OutOfMemory, match="epoch 2, step 2"):
+        run(config, Hungry(MemoryError(), 4), progress=False)
+    with pytest.raises(ConfigError, match="lr 0.05 .now 0.01."):
+        run(config.replace(lr=0.01), TinyStore(), progress=False)
+    r = run(config.replace(accumulate=2), Hungry(MemoryError()), progress=False)
+    assert r.record["changes"] == [{"epoch": 1, "step": 0, "accumulate": [1, 2]}] and r.config.accumulate == 2
+    assert r.history.iloc[0].equals(whole.history.iloc[0]) and not r.history.equals(whole.history)
+    with pytest.raises(ConfigError, match="accumulate 2 .now 1."):  # a finished run is of one configuration
+        run(config, TinyStore(), progress=False)
+
+
+def test_other_errors_pass(tmp_path):
+    with pytest.raises(RuntimeError, match="^something else$"):
+        run(tiny(tmp_path / "o"), Hungry(RuntimeError("something else")), progress=False)
+
+
+def test_before_the_first_checkpoint_anything_may_be_changed(tmp_path):
+    config = tiny(tmp_path / "o")
+    with pytest.raises(train.OutOfMemory):
+        run(config, Hungry(MemoryError()), progress=False)
+    assert run(config.replace(batch_size=3, lr=0.01, epochs=1), Hungry(MemoryError()), progress=False).config.lr == 0.01
+
+
+def test_fp16_may_leave_out_steps_but_not_for_ever(tmp_path):
+    t = train.begin(tiny(tmp_path / "x"), TinyStore(), train.make_accelerator("cpu"))
+    t.accelerator = SimpleNamespace(scaler=object())
+    ask = lambda loss, norm: train.check_finite(t, 1, [0, 1], ["right", "ce"], [1.0, loss], norm)
+    for _ in range(5):
+        ask(0.5, float("inf"))
+    ask(0.5, 1.0)
+    assert "left_out" not in t.sums
+    with pytest.raises(FloatingPointError, match="clip0, clip1"):
+        ask(float("nan"), 1.0)
+    with pytest.raises(FloatingPointError, match="gradient norm inf"):
+        for _ in range(train.PATIENCE):
+            ask(0.5, float("inf"))
+
+
+def test_numbers_that_come_a_step_late_still_stop_the_run(tmp_path):
+    "As on a GPU: the step after has begun when the loss is looked at."
+    t = train.begin(tiny(tmp_path / "x"), TinyStore(), train.make_accelerator("cpu"))
+    event = SimpleNamespace(synchronize=lambda: None)
+    good, bad = torch.tensor([1.0, 0.0, 1.0, 0.5]), torch.tensor([1.0, 0.0, 1.0, float("nan")])
+    for step, values in [(1, good), (2, bad)]:
+        t.noted.append((step, [step], ["right", "ce"], values, event))
+    train.settle(t, keep=1)
+    assert t.sums == {"clips": 1, "right": 1.0, "ce": 0.5}
+    with pytest.raises(FloatingPointError, match="step 2: .*clip2"):
+        t.save()
+    assert not (t.config.run_folder / "checkpoint").exists()
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_eager_one_and_resumes(tmp_path, interruptible):
+    options = dict(model="stf", losses="edcg", epochs=2, lr=0.01)
+    eager = run(tiny(tmp_path / "e", **options), TinyStore(), progress=False)
+
+    class Pressing(TinyStore):
+        calls = 0
+
+        def batch(self, indices, **more):
+            self.calls += 1
+            if self.calls == 4:
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().batch(indices, **more)
+
+    config = tiny(tmp_path / "c", compile=True, **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Pressing(), progress=False)
+    compiled = run(config, TinyStore(), progress=False)
+    other = run(config.replace(folder=str(tmp_path / "d")), TinyStore(), progress=False)
+    assert same(weights(compiled.folder), weights(other.folder))
+    pd.testing.assert_frame_equal(compiled.history, eager.history, rtol=1e-3, atol=1e-3)
+
+
+# ---- published weights
+
+
+@pytest.fixture(scope="module")
+def public(tmp_path_factory):
+    "A thin MS-G3D of NTU 60 in a file as the public code writes it, and the network."
+    torch.manual_seed(0)
+    net = MSG3D(60, SKELETONS["ntu25"], widths=(6, 6, 6), gcn_scales=2, g3d_scales=2, windows=(3,)).eval()
+    file = tmp_path_factory.mktemp("public") / "ntu60-xsub-joint.pt"
+    torch.save(net.state_dict(), file)
+    return file, net
+
+
+def spoilt(public, folder, change):
+    file, net = public
+    state = change({k: v.clone() for k, v in net.state_dict().items()})
+    torch.save(state, folder / "spoilt.pt")
+    return folder / "spoilt.pt"
+
+
+@pytest.mark.parametrize("change", [lambda s: s, lambda s: {f"module.{k}": v for k, v in s.items()}, lambda s: {"state_dict": s, "epoch": 3},
+                                    lambda s: {k: v for k, v in s.items() if not k.endswith("num_batches_tracked")}])  # fmt: skip
+def test_public_weights_are_imported(tmp_path, public, change):
+    train.import_msg3d(spoilt(public, tmp_path, change), tmp_path / "ours", stream="bone")
+    net, header = load_checkpoint(tmp_path / "ours")
+    x = torch.randn(2, 3, 20, 25, 2)
+    assert torch.equal(net(x), public[1](x))
+    told = {k: header[k] for k in ("model", "stream", "preprocess", "length", "in_channels", "num_bodies", "num_classes")}
+    assert told == dict(model="msg3d", stream="bone", preprocess="msg3d", length=300, in_channels=3, num_bodies=2, num_classes=60)
+    assert header["classes"][:2] == ["drink water", "eat meal/snack"] and header["skeleton"]["name"] == "ntu25"
+
+
+def without(*names):
+    return lambda s: {k: v for k, v in s.items() if not k.startswith(names)}
+
+
+@pytest.mark.parametrize("change, options, message", [
+    (lambda s: s, dict(), "stream='joint' or 'bone'"), (lambda s: s, dict(stream="bones"), "did you mean 'bone'"),
+    (lambda s: s, dict(stream="joint", classes=list("abc")), r"60 outputs \(fc.weight\), but 3 class names"),
+    (lambda s: s, dict(stream="joint", skeleton="kinect20"), "25 joints; skeleton 'kinect20' has 20"),
+    (lambda s: s, dict(stream="joint", skeleton="ntu52"), "did you mean 'ntu25'"),
+    (lambda s: s, dict(preset="ntu60-xsub-bone", stream="joint"), "is of the bone stream, not 'joint'"),
+    (lambda s: s, dict(preset="ntu60-xsub-joint"), r"has widths \(6, 6, 6\), preset"),
+    (lambda s: s, dict(preset="ntu60-xsub-joinr"), "did you mean 'ntu60-xsub-joint'"),
+    (lambda s: {**s, "fc.weight": s["fc.weight"][:7], "fc.bias": s["fc.bias"][:7]}, dict(stream="joint"), "has 7 outputs; give their names"),
+    (without("fc."), dict(stream="joint"), "tensor 'fc.weight' is missing"), (without("sgcn1.0.A_res"), dict(stream="joint"), "'sgcn1.0.A_res' is missing"),
+    (without("tcn3.branches.2"), dict(stream="joint"), r"12 missing \['tcn3.branches.2|missing \['tcn3"),
+    (lambda s: {**s, "stranger": torch.zeros(1)}, dict(stream="joint"), r"1 unknown \['stranger'\]"),
+    (lambda s: {**s, "fc.bias": s["fc.bias"] * torch.nan}, dict(stream="joint"), "fc.bias and 0 other tensors hold numbers that are not finite"),
+    (lambda s: {**s, "data_bn.weight": s["data_bn.weight"][:75]}, dict(stream="joint"), "data_bn"),
+    (lambda s: [1, 2], dict(stream="joint"), "not a dictionary"), (lambda s: {"a": 1}, dict(stream="joint"), "not a dictionary"),
+])  # fmt: skip
+def test_each_way_of_being_wrong_has_its_own_words(tmp_path, public, change, options, message):
+    with pytest.raises(ValueError, match=message):
+        train.import_msg3d(spoilt(public, tmp_path, change), tmp_path / "ours", **options)
+    assert not (tmp_path / "ours").exists()
+
+
+class Calls:
+    def __reduce__(self):
+        return os.system, ("touch harm",)
+
+
+@pytest.mark.parametrize("write, message", [
+    (lambda p: torch.save({"fc.weight": Calls()}, p), "refused: on loading it would call posix.system"),
+    (lambda p: torch.save({"fc.weight": Calls()}, p, _use_new_zipfile_serialization=False), "refused: on loading it would call posix.system"),
+    (lambda p: p.write_bytes(b"no pickle at all"), "not a file of tensors"), (lambda p: p.write_bytes(b""), "not a file of tensors"),
+    (lambda p: None, "no such file")])  # fmt: skip
+def test_hostile_and_broken_files_are_refused(tmp_path, monkeypatch, write, message):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=message):
+        train.import_msg3d(tmp_path / "x.pt", tmp_path / "ours", stream="joint")
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_truncated_file_is_refused(tmp_path, public):
+    (tmp_path / "x.pt").write_bytes(public[0].read_bytes()[:-5000])
+    with pytest.raises(ValueError, match="not a file of tensors"):
+        train.import_msg3d(tmp_path / "x.pt", tmp_path / "ours", stream="joint")
+
+
+def test_the_second_stage_starts_from_public_weights(tmp_path, public):
+    train.import_msg3d(public[0], tmp_path / "ours", stream="joint")
+    rng, names = np.random.default_rng(0), class_names("ntu60")
+    made = [Clip(rng.normal(0, 1, (1, 6, 25, 3)).astype(np.float32), np.ones((1, 6, 25), np.float32), f"c{i}", label=i, class_name=names[i],
+                 split={"mine": "train" if i < 6 else "test"}) for i in range(10)]  # fmt: skip
+    store = ClipStore.build(made, tmp_path / "store", classes=names, progress=False)
+    config = tiny(tmp_path / "m", protocol="mine", preprocess="msg3d", num_bodies=2, gcn_scales=2, g3d_scales=2, stf_epochs=1, stf_lr=1e-4)
+    r = run(config.second_stage("dcg").replace(init=str(tmp_path / "ours")), store, progress=False)
+    assert r.history["g"].notna().all() and load_checkpoint(r.folder)[1]["in_channels"] == 3
+    with pytest.raises(ConfigError, match="its preprocess is 'msg3d', this training's 'paper'"):
+        run(config.second_stage("e").replace(init=str(tmp_path / "ours"), preprocess="paper"), store, progress=False)
+
+
+def test_golden_logits_of_the_public_network_come_through_the_import(tmp_path, real_data):
+    golden = real_data.parent / "reference" / "msg3d_golden.json"
+    if not golden.exists():
+        pytest.skip("no golden logits beside the real recordings")
+    net = MSG3D(60, SKELETONS["ntu25"])
+    state = net.double().state_dict()
+    for j, name in enumerate(sorted(k for k in state if not k.endswith("num_batches_tracked"))):
+        v = state[name]
+        w = np.random.RandomState(j).uniform(-1, 1, v.numel()).reshape(v.shape)
+        scale = {"A_res": 0.01 * w, "running_var": 1 + 0.5 * w**2, "running_mean": 0.1 * w, "bias": 0.1 * w}.get(name.rsplit(".", 1)[-1])
+        scale = scale if scale is not None else 1 + 0.1 * w if v.dim() == 1 else w * np.sqrt(6 / (v.numel() / v.shape[0]))
+        state[name] = torch.as_tensor(scale)
+    torch.save({f"module.{k}": v for k, v in state.items()}, tmp_path / "golden.pt")
+    train.import_msg3d(tmp_path / "golden.pt", tmp_path / "ours", preset="ntu60-xsub-joint")
+    x = torch.as_tensor(np.random.RandomState(1032).standard_normal((2, 3, 32, 25, 2)))
+    logits = load_checkpoint(tmp_path / "ours")[0].double()(x).detach().numpy()
+    np.testing.assert_allclose(logits, json.loads(golden.read_text())["logits"], atol=2e-3)  # a checkpoint is float32
