@@ -96,7 +96,7 @@ def _make_units(in_channels, A, widths, layers, kernel, dropout):
             C = width
     return nn.ModuleList(units)
 
-# %% ../nbs/13_stgcn.ipynb #e831b9e4
+# %% ../nbs/13_stgcn.ipynb #d52ce731
 class STGCN(nn.Module):
     """ST-GCN (Yan, Xiong and Lin, AAAI 2018): (N,C,T,V,M) → (N,classes), with the protocol that focus and losses speak.
 
@@ -146,11 +146,12 @@ class STGCN(nn.Module):
 
     def blocks(self, h, first=1, running=False):
         "The maps after blocks `first` … 3, by name, from what enters block `first`."
-        ends, maps = np.cumsum(self.layers), {}
+        maps, start = {}, sum(self.layers[: first - 1])
         for block in range(first, 4):
-            for unit in self.units[ends[block - 1] - self.layers[block - 1] : ends[block - 1]]:
-                h = unit(h, running)
-            maps[f"block{block}"] = h
+            stop = start + self.layers[block - 1]
+            for i in range(start, stop):
+                h = self.units[i](h, running)
+            maps[f"block{block}"], start = h, stop
         return maps
 
     def features(self, x, running=False) -> Features:
