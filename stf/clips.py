@@ -597,7 +597,7 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #b13bb6ce
+# %% ../nbs/02_clips.ipynb #0fe62c8b
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
@@ -636,6 +636,8 @@ def _json_kind(files, members):
             return "ucla"
         if b'"data"' in data:
             return "kinetics"
+    if len(members) == 1:
+        _load_json(files.read(members[0]), files.where(members[0]))  # damaged? then say so
     raise ClipError(files.path, "", "JSON files with neither 'skeletons' (Northwestern-UCLA) nor 'data' (Kinetics-Skeleton)")
 
 
@@ -647,7 +649,10 @@ def _find_kind(files, kind):
         return kind, [i for i, e in enumerate(endings) if e == _KINDS[kind][0]]
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
-        have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8]) or "nothing"
+        _expect(endings, files.path, "", "no recordings found here: there is no file in it")
+        whole = endings[0] if len(endings) == 1 and Path(files.path).is_file() else ""
+        _expect(whole not in (".zip", ".tar", ".tgz"), files.path, "", f"no {whole} archive, or a damaged one: fetch or pack it again")
+        have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8])
         raise ClipError(files.path, "", f"no recordings found here, but {have}. {_advice(files, endings)}Known are\n{_KNOWN}")
     counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
     _expect(len(there) == 1, files.path, "", f"holds {counts} files; say which with kind=… (ntu, ucla, kinetics or plain)")

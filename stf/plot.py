@@ -166,7 +166,7 @@ def _project(joints, view):
     across = joints[..., 0] * np.cos(angle) + joints[..., 2] * np.sin(angle)
     return np.stack([across, joints[..., 1]], -1)
 
-# %% ../nbs/01_plot.ipynb #536d72cc
+# %% ../nbs/01_plot.ipynb #6b591430
 def _limits(values, vmin=None, vmax=None):
     "The range of colours: as given, else from 0 (or less) to the greatest; never empty. ValueError if all is unknown."
     finite = values[np.isfinite(values)]
@@ -197,7 +197,7 @@ def _looks(drawn, values, skeleton, size, norm, cmap):
     colours = np.where(known[..., None], mpl.colormaps[cmap](share), mpl.colors.to_rgba(COLOURS["light"]))
     return colours, size * (0.4 + 1.8 * share)
 
-
+# %% ../nbs/01_plot.ipynb #9f82196e
 class _Bodies:
     "The bones and joints of one picture: two artists that `show` fills with a frame."
 
@@ -236,7 +236,7 @@ class _Bodies:
                                           linewidths=0.5, depthshade=False)  # fmt: skip
         return [self.bones, self.joints]
 
-# %% ../nbs/01_plot.ipynb #9fdf1e96
+# %% ../nbs/01_plot.ipynb #e66d326b
 def _axes(ax, figsize, projection=None):
     "The given axes, or those of a new figure; ValueError if 2D and 3D are mixed up."
     if ax is None:
@@ -266,7 +266,16 @@ def _colour_bar(ax, norm, cmap, label, **kwargs):
     bar.outline.set_visible(False)
     return bar
 
+# %% ../nbs/01_plot.ipynb #c0055f44
+def _set_room(ax, low, high):
+    "The box of a 3D picture, a metre as long in each direction, with few ticks."
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]), xlabel="x", ylabel="z (depth)", zlabel="y")
+    ax.set_box_aspect(high - low)
+    ax.view_init(elev=12, azim=-65)
+    for axis, extent in zip((ax.xaxis, ax.yaxis, ax.zaxis), (high - low) / np.max(high - low)):
+        axis.set_major_locator(MaxNLocator(max(1, round(4 * extent))))
 
+# %% ../nbs/01_plot.ipynb #5a0e1b09
 @_styled
 def draw_skeleton(
     joints,  # (V,C) one body, or (M,V,C); C = 2 or 3
@@ -314,21 +323,9 @@ def draw_skeleton(
         ax.axis("on" if ticks else "off")
         _name_joints(ax, points, drawn, skeleton, name_which)
     else:
-        ax.set(
-            xlim=(low[0], high[0]),
-            ylim=(low[1], high[1]),
-            zlim=(low[2], high[2]),
-            xlabel="x",
-            ylabel="z (depth)",
-            zlabel="y",
-        )
-        ax.set_box_aspect(high - low)
-        ax.view_init(elev=12, azim=-65)
-        for axis, extent in zip((ax.xaxis, ax.yaxis, ax.zaxis), (high - low) / np.max(high - low)):
-            axis.set_major_locator(MaxNLocator(max(1, round(4 * extent))))
-        for b, v in zip(*np.nonzero(drawn)):
-            if v in name_which:
-                ax.text(*points[b, v], skeleton.joints[v], fontsize=6)
+        _set_room(ax, low, high)
+        for b, v in zip(*np.nonzero(drawn & np.isin(np.arange(skeleton.num_joints), name_which))):
+            ax.text(*points[b, v], skeleton.joints[v], fontsize=6)
     if not drawn.any():
         (ax.text if flat else ax.text2D)(0.5, 0.5, "no body in this frame", ha="center", va="center", color=COLOURS["grey"],
                                          transform=ax.transAxes)  # fmt: skip
@@ -338,7 +335,7 @@ def draw_skeleton(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-
+# %% ../nbs/01_plot.ipynb #2c3d568c
 def _name_joints(ax, points, drawn, skeleton, which):
     "Write names in a column on each side of a flat picture, with thin lines to the joints, none over another."
     which = np.isin(np.arange(skeleton.num_joints), which)
@@ -369,7 +366,7 @@ def _name_joints(ax, points, drawn, skeleton, which):
             )
             ax.text(edge, above, name, fontsize=7, ha=align, va="center")
 
-# %% ../nbs/01_plot.ipynb #e316cbea
+# %% ../nbs/01_plot.ipynb #c394b43f
 def _strip_frames(frames, T):
     "Indices of the frames to show: evenly spread if a number is given."
     if isinstance(frames, (int, np.integer)) and not isinstance(frames, bool):
@@ -411,7 +408,7 @@ def _columns(points, drawn, follow, gap, window=None):
         np.array([low, high]),
     )
 
-
+# %% ../nbs/01_plot.ipynb #5d9d4003
 @_styled
 def draw_strip(
     joints,  # (T,V,C) one body, or (M,T,V,C)
@@ -472,7 +469,7 @@ def draw_strip(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #473ec449
+# %% ../nbs/01_plot.ipynb #8bf1f321
 def _matrix(A, name="A"):
     "A as a 2D float array with NaN for what is not finite; ValueError without any number."
     A = _array(A, name)
@@ -488,7 +485,7 @@ def _heat(ax, A, cmap, norm, **kwargs):
     cmap = mpl.colormaps[cmap].with_extremes(bad=COLOURS["light"])
     return ax.imshow(A, cmap=cmap, norm=norm, interpolation="nearest", **kwargs)
 
-
+# %% ../nbs/01_plot.ipynb #2aa3632c
 def _name_axis(axis, skeleton, groups, size, start=0):
     "Joint names along an axis of a heat map, in the order and with lines between the groups."
     order, sides = [v for group in groups for v in group], _sides(skeleton)
@@ -513,7 +510,7 @@ def _matrix_norm(A, vmin, vmax, cmap):
         return mpl.colors.Normalize(-vmax, vmax), cmap or SIGNED_CMAP
     return mpl.colors.Normalize(*_limits(A, vmin, vmax)), cmap or MATRIX_CMAP
 
-
+# %% ../nbs/01_plot.ipynb #f66056c9
 @_styled
 def draw_adjacency(
     A,  # (V,V), e.g. A_k, G_k or their sum; negative entries turn the colours to signed ones
@@ -563,7 +560,7 @@ def draw_adjacency(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #c016c937
+# %% ../nbs/01_plot.ipynb #78d81ef2
 @_styled
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, or any value for each frame and joint
@@ -612,7 +609,7 @@ def draw_focus(
         _colour_bar(ax, norm, cmap, colour_bar)
     return ax
 
-# %% ../nbs/01_plot.ipynb #0c392c82
+# %% ../nbs/01_plot.ipynb #10ce0d8b
 def _named_series(difference, column):
     "The Series of a Series, dict or DataFrame column; ValueError if there is no such number."
     if isinstance(difference, pd.DataFrame):
@@ -635,7 +632,7 @@ def _named_series(difference, column):
         raise ValueError("class differences must be finite numbers by class name, at least one")
     return series
 
-
+# %% ../nbs/01_plot.ipynb #2e45ffdb
 @_styled
 def draw_class_difference(
     difference,  # Series, dict or DataFrame: class name -> difference in percentage points
@@ -675,7 +672,7 @@ def draw_class_difference(
         ax.set_title(title)
     return ax
 
-# %% ../nbs/01_plot.ipynb #4a9f1f58
+# %% ../nbs/01_plot.ipynb #ddf01c22
 HISTORY_PANELS = {  # title: columns and their line styles
     "total loss": {"loss": "-"}, "cross-entropy": {"ce": "-"},
     "exploration $L_e$": {"e": "-"}, "divergence $L_d$": {"d": "-"}, "coherence $L_c$": {"c": "-"}, "adjacency $L_{G_k}$": {"g": "-"},
@@ -719,6 +716,9 @@ def draw_history(
         if panel == "learning rate" and min(line.get_ydata().min() for line in ax.lines) > 0:
             ax.set_yscale("log")
             ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+            rates = sorted({float(f"{rate:.3g}") for line in ax.lines for rate in line.get_ydata()})
+            if len(rates) <= 5:  # steps: each by its value
+                ax.set_yticks(rates, [f"{rate:g}" for rate in rates])
         if panel == "top-1":
             if max(line.get_ydata().max() for line in ax.lines) <= 1:
                 ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
@@ -733,7 +733,7 @@ def draw_history(
         fig.suptitle(title, fontsize=10)
     return fig
 
-
+# %% ../nbs/01_plot.ipynb #31749d50
 def _history_lines(ax, run, lines, colour, name, many):
     "One run's lines in one panel; a single epoch is a dot."
     epochs = pd.Series(run["epoch"] if "epoch" in run else run.index)
@@ -752,7 +752,7 @@ def _history_lines(ax, run, lines, colour, name, many):
                     label=name if many else column,
                 )
 
-# %% ../nbs/01_plot.ipynb #f6ce01e2
+# %% ../nbs/01_plot.ipynb #4c9b6335
 @_styled
 def draw_confusion(
     matrix,  # (K,K) DataFrame, rows true and columns predicted classes; or an array with `classes`
@@ -811,7 +811,7 @@ def draw_confusion(
     _colour_bar(ax, norm, "Blues", "per cent of the true class" if share else "clips")
     return ax
 
-# %% ../nbs/01_plot.ipynb #db5676a3
+# %% ../nbs/01_plot.ipynb #14802f24
 def _panels(joints, skeleton, values, visible, titles, view):
     "One (joints, skeleton, values, visible, title, view) for each panel. A list or tuple of clips means panels."
     many = isinstance(joints, (list, tuple)) and len(joints) > 0 and all(np.ndim(j) >= 3 for j in joints)
@@ -838,7 +838,7 @@ def _turned(joints, view):
         return np.stack([_project(joints[:, t], float(a)) for t, a in enumerate(angles)], 1)
     return _project(joints, view)
 
-
+# %% ../nbs/01_plot.ipynb #a5a07486
 class _Movie:
     "One panel of an animation: a clip and the artists that show a frame of it."
 
@@ -878,7 +878,7 @@ class _Movie:
             self.paths.set_color([mpl.colors.to_rgba(COLOURS["green"], 0.9 * a) for a in fade])
         return [*artists, self.paths]
 
-
+# %% ../nbs/01_plot.ipynb #24bb7817
 @_styled
 def animate(
     joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
@@ -943,7 +943,7 @@ def animate(
         fig, show, frames=frames, interval=1000 * step / fps, blit=False, cache_frame_data=False
     )
 
-# %% ../nbs/01_plot.ipynb #2478357c
+# %% ../nbs/01_plot.ipynb #1b4e2226
 class AnimationHTML(str):
     "HTML that notebooks show as a picture; its own text stays out of the stored output."
 
@@ -953,7 +953,7 @@ class AnimationHTML(str):
     def __repr__(self):
         return f"<animation, {len(self) / 1000:.0f} kB>"
 
-
+# %% ../nbs/01_plot.ipynb #ba7d061b
 class _GifWriter(animation.PillowWriter):
     "One palette of 128 colours for the whole GIF, without dithering: half the size of a palette for each frame."
 
@@ -970,7 +970,7 @@ class _GifWriter(animation.PillowWriter):
         self._frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
         super().finish()
 
-
+# %% ../nbs/01_plot.ipynb #61d9a58d
 class _PageWriter(animation.AbstractMovieWriter):
     "Collects the frames as PNGs and writes a page that plays them, without any other file or address."
 
@@ -1008,7 +1008,7 @@ show(0); play(true);
         text = self.page.format(frames=frames, last=len(self.frames) - 1, delay=round(1000 / self.fps))
         Path(self.outfile).write_text(text, encoding="utf-8")
 
-
+# %% ../nbs/01_plot.ipynb #d282734c
 def save_animation(
     anim,  # what `animate` returned
     path,  # ends in .gif, .html or .mp4
@@ -1043,7 +1043,7 @@ def save_animation(
         Path(aside).unlink(missing_ok=True)
     return path
 
-
+# %% ../nbs/01_plot.ipynb #2a091bdb
 def animation_html(
     anim,  # what `animate` returned
     dpi: int = 110,  # dots an inch
@@ -1064,13 +1064,13 @@ def animation_html(
         f"the animation takes {len(data) * 4 / 3000:.0f} kB, more than limit={limit}: show fewer frames (step=2)"
     )
 
-# %% ../nbs/01_plot.ipynb #9581ab5e
+# %% ../nbs/01_plot.ipynb #e50a2c1c
 def _oblique(points, time):
     "Page coordinates (…,2) of points (…,2) in planes that stand one behind another along `time`."
     across, up = points[..., 0], points[..., 1]
     return np.stack([time + 0.62 * across, up + 0.2 * across - 0.12 * time], -1)
 
-
+# %% ../nbs/01_plot.ipynb #9d902b19
 @_styled
 def draw_focus_volume(
     joints,  # (T,V,C) or (M,T,V,C)
@@ -1138,7 +1138,7 @@ def draw_focus_volume(
         _colour_bar(ax, norm, cmap, colour_bar, shrink=0.6)
     return ax
 
-
+# %% ../nbs/01_plot.ipynb #5f73ddf0
 def _joint_traces(ax, page, drawn, Q, norm, cmap, times, zorder):
     "The way of each joint from frame to frame, coloured and opaque by focus; where there is none, nothing."
     times = np.asarray(times)
@@ -1150,7 +1150,7 @@ def _joint_traces(ax, page, drawn, Q, norm, cmap, times, zorder):
     colours[:, 3] = 0.2 + 0.6 * share[shown]
     ax.add_collection(LineCollection(lines, colors=colours, linewidths=1.6, zorder=zorder), autolim=False)
 
-# %% ../nbs/01_plot.ipynb #c3fe7333
+# %% ../nbs/01_plot.ipynb #61261dea
 @_styled
 def draw_focus_parts(
     joints,  # (T,V,C) one body
@@ -1199,7 +1199,7 @@ def _strips(joints, skeleton, rows, frames, visible, view, y_down, title, scale=
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #5badde47
+# %% ../nbs/01_plot.ipynb #41d50ee8
 @_styled
 def draw_masked_input(
     joints,  # (T,V,C) or (M,T,V,C)
@@ -1236,7 +1236,7 @@ def draw_masked_input(
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #64dee450
+# %% ../nbs/01_plot.ipynb #017a366e
 @_styled
 def draw_links(
     joints,  # (V,C) one body
@@ -1288,7 +1288,7 @@ def _arc(a, b, bend, n=12):
     side = np.array([a[1] - b[1], b[0] - a[0]]) * bend
     return a + s * (b - a) + 4 * s * (1 - s) * side
 
-
+# %% ../nbs/01_plot.ipynb #774ca1b6
 @_styled
 def draw_connections(
     poses,  # n poses (V,C), one for each column, e.g. the middle frame of a clip
@@ -1329,7 +1329,7 @@ def draw_connections(
         )
     return fig
 
-# %% ../nbs/01_plot.ipynb #98fd98f6
+# %% ../nbs/01_plot.ipynb #f74ebe58
 @_styled
 def draw_dynamic_adjacency(
     A,  # (V,V) A_k, the same for all clips
@@ -1389,7 +1389,7 @@ def draw_dynamic_adjacency(
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #ce3948d1
+# %% ../nbs/01_plot.ipynb #a16d222c
 @_styled
 def draw_betas(
     betas,  # the modules' maps, each (T_l,V) or (M,T_l,V); a list, or {name: map}

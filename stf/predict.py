@@ -126,7 +126,7 @@ def choose_device(device: str = "auto") -> torch.device:
         raise ConfigError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
     return chosen
 
-# %% ../nbs/12_predict.ipynb #6c1739b4
+# %% ../nbs/12_predict.ipynb #67d58a64
 def open_network(
     checkpoint,  # folder that holds weights.safetensors, or a run's folder
     device="cpu",
@@ -136,7 +136,8 @@ def open_network(
     if checkpoint.name == "weights.safetensors":
         checkpoint = checkpoint.parent
     try:
-        net, header = load_network(find_checkpoint(checkpoint), device)
+        named = checkpoint if checkpoint.name.strip(".") else os.path.abspath(checkpoint)  # not '.' or '..'
+        net, header = load_network(find_checkpoint(named), device)
     except FileNotFoundError:
         why = "holds no weights.safetensors" if checkpoint.exists() else "there is no such folder"
         raise CheckpointError(f"checkpoint {checkpoint}: {why}; a checkpoint is the folder of a run, or one that `publish` wrote") from None

@@ -319,6 +319,8 @@ def wrong(nets, raw, tmp_path, monkeypatch):
     (tmp_path / "corrupt").mkdir()
     (tmp_path / "corrupt" / "weights.safetensors").write_bytes(b"\x10" + b"\0" * 7 + b"not a header at all")
     Path("file").write_text("")
+    Path("half.json").write_text('{"data": [')
+    Path("fake.zip").write_bytes(b"PK\3\4 and no more")
     return nets
 
 
@@ -328,6 +330,8 @@ WRONG = {
     "text file": (dict(path="notes.txt"), 2, "notes.txt: no recordings found here"),
     "cut off": (dict(path="cut.skeleton"), 1, "it was cut off"),
     "cut off archive": (dict(path="cut.npz"), 1, "cut.npz"),
+    "half a JSON file": (dict(path="half.json"), 1, "half.json: "),
+    "no archive": (dict(path="fake.zip"), 1, "fake.zip: no .zip archive, or a damaged one"),
     "nobody there": (dict(path="nobody.skeleton"), 1, "no body in any frame"),
     "wrong skeleton": (dict(path="other.npz"), 2, "'kinect20', 20 joints, but checkpoint"),
     "no checkpoint": (dict(checkpoint=("absent",)), 2, "checkpoint absent: there is no such folder"),
@@ -345,6 +349,13 @@ WRONG = {
     "no batch": (dict(batch_size=0), 2, "at least 1"),
     "unknown skeleton": (dict(skeleton="octopus"), 2, "'octopus' is not known"),
 }
+
+
+def test_checkpoint_is_named_in_any_way(wrong, monkeypatch):
+    """'.' has no name to which something could be added, nor has the folder of a bare weights.safetensors."""
+    monkeypatch.chdir(wrong["joint"])
+    names = [open_network(c).name for c in (".", "weights.safetensors", f"../{Path(wrong['joint']).name}", Path.cwd())]
+    assert len(names) == 4
 
 
 @pytest.mark.parametrize("what", WRONG)
