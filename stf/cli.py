@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rows', 'COMMANDS', 'WITH_CONFIG', 'protocols', 'store_table', 'show_table', 'draw_sheet', 'named_skeleton', 'prepare',
-           'show_refused', 'info', 'train', 'run_ablation', 'evaluate', 'run_demo', 'named_config', 'call', 'main']
+           'show_refused', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2', 'evaluate',
+           'run_demo', 'named_config', 'import_public', 'call', 'main']
 
-# %% ../nbs/15_cli.ipynb #b73b7093
+# %% ../nbs/15_cli.ipynb #ae508adf
 import inspect
 import json
 import sys
@@ -28,7 +29,8 @@ from .plot import draw_strip
 from .predict import predict_command
 from .skeleton import SKELETONS, Skeleton
 from .stgcn import STGCN  # noqa: F401 (importing it enters its name in NETWORKS)
-from .train import Config, ConfigError, Run, load_checkpoint, preset, presets, run, run_stf
+from .tables import scarce, scarce_gains, shift, shift_table, streams, table2, table3, table4
+from .train import Config, ConfigError, Run, batch_options, import_msg3d, is_first_process, load_checkpoint, preset, presets, run, run_stf
 
 # %% ../nbs/15_cli.ipynb #1a08fbfa
 def protocols(store: ClipStore) -> dict:
@@ -189,7 +191,7 @@ def info(
     else:
         print(open_clips(folder).summary)
 
-# %% ../nbs/15_cli.ipynb #345a7d63
+# %% ../nbs/15_cli.ipynb #ccc2dec8
 def train(
     config: Config,
     both_stages: bool = False,
@@ -202,12 +204,15 @@ def train(
     """
     if both_stages:
         stf = run_stf(config)
+        if not is_first_process():
+            return
         for row, r in stf.runs.items():
             print(f"{row}: top-1 {r.top1:.2f} %, {r.folder}")
         print(f"M5: top-1 {stf.top1:.2f} % (average of M4 and Le)")
     else:
         r = run(config)
-        print(f"top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}; {r.folder}")
+        if is_first_process():
+            print(f"top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}; {r.folder}")
 
 
 Rows = tuple[Literal[tuple(ROWS)], ...]
@@ -238,7 +243,71 @@ def run_ablation(
     if len(have := gains(records, CONTRASTS).query("seeds > 0")):
         print(f"\ngains in percentage points, with their 95 % interval\n{have.round(2).to_string(na_rep='')}")
 
-# %% ../nbs/15_cli.ipynb #7def2aec
+# %% ../nbs/15_cli.ipynb #ba6bae30
+def run_scarce(
+    config: Config,
+    shares: tuple[float, ...] = (0.1, 0.2, 0.25, 1.0),
+    seeds: tuple[int, ...] = (0,),
+    rows: Rows = ("M1", "M5"),
+    results: str = "data/results",
+):
+    """Train on a share of the clips (Table 4).
+
+    Args:
+        config: see below; of the baseline
+        shares: of the training clips
+        seeds: of the trainings, and of the draw
+        rows: M1 is MS-G3D, M5 is STF
+        results: folder of the records
+    """
+    records = scarce(named_by_data(config), shares, seeds, rows, results)
+    print(table4(records).round(2).to_string(na_rep=""))
+    print(f"\ngains in percentage points, with their 95 % interval\n{scarce_gains(records).round(2).to_string(na_rep='')}")
+
+
+def run_shift(
+    config: Config,
+    to: str,
+    to_protocol: str = "",
+    seeds: tuple[int, ...] = (0,),
+    rows: Rows = ("M1", "M5"),
+    results: str = "data/results",
+):
+    """Train on one set, freeze all but a new last layer, train that on another set (data shift).
+
+    Args:
+        config: see below; of the baseline on the first set
+        to: folder of the second set's store
+        to_protocol: its split; empty: the first set's
+        seeds: of the trainings
+        rows: M1 is MS-G3D, M5 is STF
+        results: folder of the records
+    """
+    print(shift_table(shift(named_by_data(config), to, to_protocol, seeds, rows, results)).round(2).to_string(na_rep=""))
+
+
+def run_table2(
+    config: Config,
+    seeds: tuple[int, ...] = (0,),
+    rows: Rows = ("M1", "M5"),
+    results: str = "data/results",
+):
+    """Joints, bones and both, for one protocol (Tables 2 and 3).
+
+    Args:
+        config: see below; of the joint stream's baseline
+        seeds: of the trainings
+        rows: M1 is MS-G3D, M5 is STF
+        results: folder of the records
+    """
+    streams(named_by_data(config), seeds, rows, results)
+    records = load_records(results, experiment="table2")
+    table = table2(records)
+    have = [c for c in table if table.loc["STF":, c].iloc[1:].notna().any()]
+    print(table[have].dropna(how="all").round(2).to_string(na_rep=""))
+    print(f"\n{table3(records).round(2).to_string(na_rep='')}")
+
+# %% ../nbs/15_cli.ipynb #6b2ee160
 def _scores_of(source, store, protocol):
     path = Path(source)
     if path.suffix == ".npz":
@@ -249,7 +318,7 @@ def _scores_of(source, store, protocol):
         raise ConfigError(f"{source} holds no scores; name a store, so that the network can be asked: --store data/…")
     net, header = load_checkpoint(path)
     data = ClipStore(store)
-    return predict_scores(net, data, data.split(protocol)[1], header["stream"], header["preprocess"], header["length"], header["num_bodies"])
+    return predict_scores(net, data, data.split(protocol)[1], **batch_options(header))
 
 
 def evaluate(
@@ -293,7 +362,7 @@ def run_demo(
     """
     demo(folder)
 
-# %% ../nbs/15_cli.ipynb #ec11eb7a
+# %% ../nbs/15_cli.ipynb #7e209b6b
 def named_config(
     name: str,  # preset, run's folder or path of a config.json
 ) -> Config:
@@ -306,8 +375,34 @@ def named_config(
     return config if path.name != "config.json" else config.replace(folder=str(path.parent))
 
 
-COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "predict": predict_command, "info": info}
-WITH_CONFIG = ("train", "ablation")
+def import_public(
+    file: Positional[str],
+    folder: Positional[str],
+    stream: Literal["", "joint", "bone", "joint-motion", "bone-motion"] = "",
+    preset: str = "",
+    skeleton: str = "",
+    classes: tuple[str, ...] = (),
+):
+    """Turn published MS-G3D weights into a checkpoint that predicts and that STF's second stage starts from.
+
+    Args:
+        file: the published .pt file; nothing in it is executed
+        folder: checkpoint to write
+        stream: what it was trained on (the file doesn't say; a preset does)
+        preset: the setting that it was trained for, to check against
+        skeleton: the one with as many joints, if not given
+        classes: names in the order of outputs; those of NTU 60, NTU 120 or Kinetics 400, by their number, if not given
+    """
+    import_msg3d(file, folder, stream, preset, skeleton, classes)
+    header = load_checkpoint(folder)[1]
+    print(f"{folder}: MS-G3D, {header['stream']} stream, {header['num_classes']} classes, {header['skeleton']['name']}; the second stage starts from it:\n"
+          f"  stf train {preset or '<preset>'}-stf-dcg --init {folder} --preprocess msg3d")  # fmt: skip
+
+
+COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "scarce": run_scarce, "shift": run_shift,
+            "table2": run_table2, "predict": predict_command,
+            "import-msg3d": import_public, "info": info}  # fmt: skip
+WITH_CONFIG = ("train", "ablation", "scarce", "shift", "table2")
 
 
 def _with_default(command, config):

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PATIENCE', 'FITTING', 'make_optimizer', 'epoch_batches', 'splits', 'step_parts', 'running_statistics',
            'first_part_only', 'put_back', 'moving_decay', 'follow', 'Training', 'training_state', 'random_state',
-           'restore', 'restore_random', 'seed_epoch', 'make_accelerator', 'check_launch', 'leave_group', 'in_first',
-           'sendable', 'share_statistics', 'shared_scores', 'environment', 'git_commit', 'begin', 'begin_network',
-           'check_parts', 'training_mode', 'part_step', 'backward', 'own_parts', 'variants', 'made_ahead',
-           'gradient_norm', 'update', 'note', 'settle', 'check_finite', 'train_step', 'OutOfMemory', 'is_out_of_memory',
-           'memory_advice', 'end_epoch', 'cross_entropy', 'keep_if_best', 'dynamic_statistics', 'held_interrupt',
-           'Clock', 'show_means', 'train_epoch', 'after_step', 'train_epochs', 'Run', 'only_one', 'same_config',
-           'claim', 'same_data', 'clean', 'own_randomness', 'run', 'take', 'forget_accelerator', 'train_and_record',
-           'Ensemble', 'run_stf', 'CHOICES', 'Config', 'ConfigError', 'closest', 'learning_rate', 'preset', 'presets',
-           'second_stage', 'batch_options', 'build_network', 'find_checkpoint', 'import_msg3d', 'load_checkpoint',
-           'make_header', 'publish', 'save_checkpoint', 'start_from', 'write_json']
+           'restore', 'restore_random', 'seed_epoch', 'make_accelerator', 'is_first_process', 'check_launch',
+           'leave_group', 'in_first', 'sendable', 'share_statistics', 'shared_scores', 'environment', 'git_commit',
+           'begin', 'begin_network', 'check_parts', 'training_mode', 'part_step', 'backward', 'own_parts', 'variants',
+           'made_ahead', 'gradient_norm', 'update', 'note', 'settle', 'check_finite', 'train_step', 'OutOfMemory',
+           'is_out_of_memory', 'memory_advice', 'end_epoch', 'cross_entropy', 'keep_if_best', 'dynamic_statistics',
+           'held_interrupt', 'Clock', 'show_means', 'train_epoch', 'after_step', 'train_epochs', 'Run', 'only_one',
+           'same_config', 'claim', 'same_data', 'clean', 'own_randomness', 'run', 'take', 'forget_accelerator',
+           'train_and_record', 'Ensemble', 'run_stf', 'CHOICES', 'Config', 'ConfigError', 'closest', 'learning_rate',
+           'preset', 'presets', 'second_stage', 'batch_options', 'build_network', 'find_checkpoint', 'import_msg3d',
+           'load_checkpoint', 'make_header', 'publish', 'save_checkpoint', 'start_from', 'write_json']
 
 # %% ../nbs/10_train.ipynb #94424ee2
 import atexit
@@ -305,7 +305,7 @@ def seed_epoch(t: Training):
     p = t.accelerator.process_index
     torch.manual_seed(int(np.random.SeedSequence([t.config.seed, t.epoch, *([p] if p else [])]).generate_state(1)[0]))
 
-# %% ../nbs/10_train.ipynb #2117728b
+# %% ../nbs/10_train.ipynb #e8828e9f
 def make_accelerator(
     device: str = "auto",  # auto, cpu or cuda
     precision: str = "float32",  # float32, bf16 or fp16
@@ -327,6 +327,11 @@ def make_accelerator(
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise RuntimeError(f"this training runs in one process or as plain data parallel, not as {accelerator.distributed_type.value}")
     return accelerator
+
+
+def is_first_process() -> bool:
+    "Whether this process speaks for all: it is the only one, or the first of those that a launcher started."
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def check_launch():
