@@ -900,7 +900,8 @@ def test_a_store_is_an_input_of_open_clips(tmp_path):
     opened = open_clips(tmp_path / "s")
     assert "a prepared store" in opened.summary and "100 clips" in opened.summary and len(opened) == 100
     assert np.array_equal(opened[7].joints, clips[7].joints) and opened[7].tags == {"subject": 3}
-    again = build(tmp_path / "s", tmp_path / "t", workers=1)
+    assert pickle.loads(pickle.dumps(opened)).parse(7, opened.read(7)).name == "clip 7"  # as a worker process does it
+    again = build(tmp_path / "s", tmp_path / "t")
     for name in ("joints.npy", "tracks.npy", "visible.npy", "names.json", "tags.jsonl"):
         assert (tmp_path / "s" / name).read_bytes() == (tmp_path / "t" / name).read_bytes()
     assert again.header["checksum"] == store.header["checksum"]
