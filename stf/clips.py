@@ -597,7 +597,7 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #0fe62c8b
+# %% ../nbs/02_clips.ipynb #e242dff5
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
@@ -649,7 +649,7 @@ def _find_kind(files, kind):
         return kind, [i for i, e in enumerate(endings) if e == _KINDS[kind][0]]
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
-        _expect(endings, files.path, "", "no recordings found here: there is no file in it")
+        _expect(endings, files.path, "", "no recordings found here: there is no file in it (hidden ones don't count)")
         whole = endings[0] if len(endings) == 1 and Path(files.path).is_file() else ""
         _expect(whole not in (".zip", ".tar", ".tgz"), files.path, "", f"no {whole} archive, or a damaged one: fetch or pack it again")
         have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8])

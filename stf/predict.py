@@ -558,7 +558,7 @@ def write_csv(path, ask, records, failed):
 class _Text(list):
     write = list.append
 
-# %% ../nbs/12_predict.ipynb #c741da6d
+# %% ../nbs/12_predict.ipynb #8497ecc5
 MOVIES = (".gif", ".html", ".mp4")
 
 
@@ -590,7 +590,7 @@ def _write_movie(prediction, path, movie):
             path = next(p for k in range(10**6) if not (p := path / f"{safe}{f'-{k}' if k else ''}.{movie}").exists())
         anim = prediction.animate(step=max(1, round(prediction.focus.shape[1] / 150)), colour_bar="Q")
         try:
-            return save_animation(anim, path, dpi=80)
+            return save_animation(anim, path, dpi=80 if path.suffix == ".gif" else 130)
         finally:
             plt.close(anim._fig)
     except OSError as e:
@@ -650,7 +650,7 @@ def _summary(records, failed):
     right = f"; {sum(known)} of {len(known)} with a known label are right ({100 * sum(known) / len(known):.1f} %)" if known else ""
     return f"{len(records):,} answered, {len(failed):,} failed{right}"
 
-# %% ../nbs/12_predict.ipynb #3bd2d9d6
+# %% ../nbs/12_predict.ipynb #8beb07a3
 def predict_command(
     path: Positional[str],
     checkpoint: tuple[str, ...] = (),
@@ -694,8 +694,9 @@ def predict_command(
 
 def _predict_command(path, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels):
     "The work of predict_command; the exit code."
-    if top < 0 or batch_size < 1:
-        raise ConfigError(f"--top and --batch-size are whole numbers, at least 1; got {top} and {batch_size}")
+    for what, value, least in (("top", top, 0), ("batch-size", batch_size, 1)):
+        if value < least:
+            raise ConfigError(f"--{what} must be a whole number, at least 1; got {value}")
     for what, file in (("json", json), ("csv", csv)):
         if file not in ("", "-"):
             _check_output(file, what)

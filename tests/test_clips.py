@@ -447,7 +447,7 @@ def test_archives_equal_folders(tmp_path):
 
 
 def test_what_is_unknown_is_told(tmp_path):
-    for files, reason in [({"a.txt": "x"}, "Known are"), ({"a.skeleton": TWO, "b.json": "{}"}, "kind="), ({"a.json": "{}"}, "neither"), ({"._a.skeleton": TWO}, "nothing")]:
+    for files, reason in [({"a.txt": "x"}, "Known are"), ({"a.skeleton": TWO, "b.json": "{}"}, "kind="), ({"a.json": "{}"}, "neither"), ({"._a.skeleton": TWO}, "there is no file in it")]:
         with pytest.raises(ClipError, match=reason):
             open_clips(folder_of(tmp_path / str(len(str(files))), **files))
     with pytest.raises(ClipError, match="no such"):
