@@ -7,7 +7,7 @@ __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'encode', 'exact_encodings
            'make_shard', 'save_shard', 'load_shard', 'SetChecks', 'header_checksum', 'join_shards', 'partial_folder',
            'build_store', 'SimulatedClips']
 
-# %% ../nbs/03c_build.ipynb #e081fa76
+# %% ../nbs/03c_build.ipynb #b94ede48
 import hashlib
 import itertools
 import json
@@ -18,7 +18,7 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from inspect import isgenerator
 from pathlib import Path
@@ -572,18 +572,19 @@ def _build(clips, folder, partial, checks, skip, strict, progress, workers):
         _text_file(partial / "joined", b"")
     _put_in_place(partial / "store", folder)
 
-# %% ../nbs/03c_build.ipynb #786d4ba7
+# %% ../nbs/03c_build.ipynb #ebc28685
 def _checked(shards, checks, strict, progress, total):
     "Paths of all shards, once they have passed the checks."
     paths = []
-    with tqdm(desc="clips", total=total, unit="clip", disable=not progress) as bar:
+    with tqdm(desc="clips", total=total, unit="clip") if progress else nullcontext() as bar:
         for path in shards:
             meta = load_shard(path, arrays=0)["meta"]
             if strict and meta["refused"]:
                 raise ClipError(*meta["refused"][0].values())
             checks.add(meta)
             paths.append(path)
-            bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
+            if progress:
+                bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
     return paths
 
 # %% ../nbs/03c_build.ipynb #70a86a7d
