@@ -1,0 +1,157 @@
+"""ONNX: the same function as PyTorch on other clips, lengths and class counts; G_k and the focus computed, not frozen; no torch at run time."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stf.backbone import MSG3D
+from stf.batches import make_batch
+from stf.clips import Clip, ClipError, read_ntu
+from stf.export import Exported, export_onnx, onnx_difference, traced_cells
+from stf.runtime import OnnxNetwork, prepare_clip
+from stf.skeleton import SKELETONS
+from stf.stf_module import STFNet, load_network, save_network, time_cells
+from stf.synthetic import SyntheticConfig, write_synthetic
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(widths=(6, 12, 12), gcn_scales=3, g3d_scales=2, windows=(3,))
+OTHER_SIZES = ((1, 1), (1, 4), (4, 7), (2, 16), (3, 50), (1, 300))
+
+
+def network(cls, classes, skeleton="ntu25", **sizes):
+    "A network with weights that make G_k matter, running statistics included."
+    torch.manual_seed(classes)
+    net = cls(classes, SKELETONS[skeleton], **{**SMALL, **sizes})
+    for name, p in net.named_parameters():
+        if name.endswith("mix_time.weight"):
+            torch.nn.init.normal_(p, std=0.2)
+    for _ in range(3):
+        net.train()(torch.randn(4, net.in_channels, 20, net.skeleton.num_joints, net.num_bodies))
+    return net.eval()
+
+
+def test_traced_cells_equal_the_matrix_of_alpha():
+    for T in (1, 2, 15, 16, 17, 75, 300):
+        for cells in (4, 16):
+            assert (traced_cells(T, cells, torch.ones(1).double()) - time_cells(T, cells)).abs().max() < 1e-12
+
+
+def test_wrapper_does_not_change_the_network_it_exports():
+    net = network(STFNet, 3).double()
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    logits, focus, *G = Exported(net, True, True)(torch.randn(2, 3, 12, 25, 2))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and not net.training
+    assert type(net.stf[0].alpha).__name__ == "Alpha" and len(G) == 6 and logits.dtype == torch.float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cls, classes, options", [(MSG3D, 7, {}), (STFNet, 3, dict(in_channels=4, num_bodies=1)), (STFNet, 120, dict(skeleton="openpose18"))])
+def test_parity_on_other_clips_lengths_and_class_counts(cls, classes, options, tmp_path):
+    net = network(cls, classes, **options)
+    path = export_onnx(net, tmp_path / "net.onnx", adjacencies=cls is STFNet)
+    assert onnx_difference(path, net, OTHER_SIZES) < 1e-4
+    out = OnnxNetwork(path)
+    assert out.facts["num_classes"] == classes and len(out.classes) == classes and out.skeleton == net.skeleton
+    x = np.random.RandomState(0).standard_normal((2, net.in_channels, 24, net.skeleton.num_joints, net.num_bodies)).astype(np.float32)
+    got = out(x)
+    assert got["focus"].min() >= 0 and got["focus"].max() <= 1 and got["focus"].shape[:2] == (2, net.num_bodies)
+    if cls is STFNet:  # two clips, two graphs; and a clip's graph doesn't depend on its neighbour
+        for i in range(6):
+            a, b = got[f"G{i + 1}"]
+            assert np.abs(a - b).max() > 1e-2 * np.abs(got[f"G{i + 1}"]).max() > 0
+            assert np.allclose(out(x[1:])[f"G{i + 1}"], got[f"G{i + 1}"][1:], atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_file_that_differs_is_not_kept_and_an_old_one_stays(tmp_path):
+    net, path = network(MSG3D, 2, num_bodies=1), tmp_path / "net.onnx"
+    path.write_text("the file of yesterday")
+    with pytest.raises(ValueError, match="differs from PyTorch"):
+        export_onnx(net, path, focus=False, tolerance=-1.0)
+    assert path.read_text() == "the file of yesterday" and [p.name for p in tmp_path.iterdir()] == ["net.onnx"]
+
+
+@pytest.mark.slow
+def test_checkpoint_to_answer_without_torch(tmp_path):
+    """The whole way: a checkpoint's folder, the command's function, a raw file, a process in which torch can't be imported."""
+    net = network(STFNet, 3, in_channels=4)
+    save_network(tmp_path / "run", net, classes=["a", "b", "c"], stream="bone", preprocess="paper", length=32)
+    path = export_onnx(tmp_path / "run", tmp_path / "net.onnx")
+    file = write_synthetic(tmp_path / "raw", SyntheticConfig(actions=(23,), subjects=(1,), cameras=(1,)), progress=False)[0]
+    code = f"""
+import sys, json
+sys.modules["torch"] = None
+from stf.clips import read_ntu
+from stf.runtime import OnnxNetwork
+answer = OnnxNetwork({str(path)!r}).ask(read_ntu({str(file)!r}))
+print(json.dumps([answer["probabilities"].tolist(), answer["focus"].shape]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    probabilities, shape = json.loads(done.stdout)
+    with torch.no_grad():
+        expected = net(make_batch(read_ntu(file), stream="bone", length=32).x).softmax(1)[0]
+    assert np.allclose(probabilities, expected, atol=1e-4) and shape == [2, 8, 25]
+
+
+@pytest.fixture(scope="module")
+def recordings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("raw")
+    return [read_ntu(p) for p in write_synthetic(folder, SyntheticConfig(actions=(23, 43, 55, 59), subjects=(1, 7), cameras=(1,)), progress=False)]
+
+
+@pytest.mark.parametrize("stream", ["joint", "bone", "joint-motion", "bone-motion"])
+def test_numpy_preparation_equals_the_batch(recordings, stream):
+    rng = np.random.RandomState(0)
+    for clip in recordings:
+        holes = rng.rand(*clip.visible.shape) < 0.15  # the centre and the height chain too
+        ragged = Clip(np.where(holes[..., None], 0, clip.joints), np.where(holes, 0, clip.visible), "ragged", skeleton=clip.skeleton)
+        for c in (clip, ragged):
+            for length, bodies in ((20, 1), (300, 2), (64, 3)):
+                facts = {"stream": stream, "preprocess": "paper", "length": length, "num_bodies": bodies}
+                expected = make_batch(c, stream=stream, length=length, num_bodies=bodies).x.numpy()
+                assert np.abs(prepare_clip(c, facts) - expected).max() < 1e-4
+
+
+def test_numpy_preparation_joins_tracks_that_follow_each_other(recordings):
+    clip = recordings[0]
+    T = clip.joints.shape[1] // 2
+    two = np.zeros((2, *clip.joints.shape[1:]), np.float32)
+    seen = np.zeros(two.shape[:3], np.float32)
+    two[0, :T], two[1, T:] = clip.joints[0, :T], clip.joints[0, T:]  # lost, and found again under another ID
+    seen[0, :T], seen[1, T:] = clip.visible[0, :T], clip.visible[0, T:]
+    cut = Clip(two, seen, "cut", skeleton=clip.skeleton)
+    facts = {"stream": "joint", "preprocess": "paper", "length": 64, "num_bodies": 2}
+    assert np.abs(prepare_clip(cut, facts) - make_batch(cut, length=64).x.numpy()).max() < 1e-4
+    assert not prepare_clip(cut, facts)[..., 1].any()
+
+
+def test_numpy_preparation_of_real_recordings(real_data):
+    files = sorted(real_data.rglob("*.skeleton"))[:12]
+    if not files:
+        pytest.skip(f"no .skeleton file in {real_data}")
+    for file in files:
+        try:
+            clip = read_ntu(file)
+        except ClipError:
+            continue
+        facts = {"stream": "joint", "preprocess": "paper", "length": 300, "num_bodies": 2}
+        assert np.abs(prepare_clip(clip, facts) - make_batch(clip).x.numpy()).max() < 1e-3
+
+
+def test_numpy_preparation_refuses_what_it_can_not_do(recordings):
+    facts = {"stream": "joint", "preprocess": "paper", "length": 64, "num_bodies": 2}
+    with pytest.raises(ClipError, match="msg3d"):
+        prepare_clip(recordings[0], {**facts, "preprocess": "msg3d"})
+    with pytest.raises(ClipError, match="denoise"):
+        prepare_clip(recordings[0], {**facts, "bodies": "denoise"})
+
+
+def test_shipped_networks_say_how_their_input_is_made():
+    for folder in sorted((ROOT / "data" / "weights").iterdir()):
+        if (folder / "weights.safetensors").exists():
+            assert {"stream", "preprocess", "length", "num_bodies", "classes"} <= set(load_network(folder)[1])
