@@ -7,7 +7,7 @@ __all__ = ['Rows', 'COMMANDS', 'WITH_CONFIG', 'protocols', 'store_table', 'show_
            'show_refused', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2', 'evaluate',
            'run_demo', 'named_config', 'import_public', 'call', 'main']
 
-# %% ../nbs/15_cli.ipynb #ae508adf
+# %% ../nbs/15_cli.ipynb #7ebc0914
 import inspect
 import json
 import sys
@@ -24,6 +24,7 @@ from . import __version__
 from .clips import ClipError, open_clips
 from .dataset import PROTOCOLS, ClipStore, StoreError, protocol_name
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
+from .export import export_command
 from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, table5
 from .plot import draw_strip
 from .predict import predict_command
@@ -243,7 +244,7 @@ def run_ablation(
     if len(have := gains(records, CONTRASTS).query("seeds > 0")):
         print(f"\ngains in percentage points, with their 95 % interval\n{have.round(2).to_string(na_rep='')}")
 
-# %% ../nbs/15_cli.ipynb #ba6bae30
+# %% ../nbs/15_cli.ipynb #f805ddfc
 def run_scarce(
     config: Config,
     shares: tuple[float, ...] = (0.1, 0.2, 0.25, 1.0),
@@ -267,7 +268,7 @@ def run_scarce(
 
 def run_shift(
     config: Config,
-    to: str,
+    to: str = "",
     to_protocol: str = "",
     seeds: tuple[int, ...] = (0,),
     rows: Rows = ("M1", "M5"),
@@ -283,6 +284,8 @@ def run_shift(
         rows: M1 is MS-G3D, M5 is STF
         results: folder of the records
     """
+    if not to:
+        raise ConfigError("shift needs a second set: --to data/…")
     print(shift_table(shift(named_by_data(config), to, to_protocol, seeds, rows, results)).round(2).to_string(na_rep=""))
 
 
