@@ -419,7 +419,7 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #5b37f198
+# %% ../nbs/02_clips.ipynb #73f1f575
 class FileClips:
     "Clips that lie in one file each, in a folder or an archive."
 
@@ -467,6 +467,9 @@ class ArrayClips:
     def read(self, i):
         return self.arrays.record(i)
 
+    def _is_ntu(self, num_joints):
+        return num_joints == 25 and self.path.name.upper().startswith("NTU")  # CTR-GCN's NTU60_CS.npz: no names
+
     def parse(self, i, raw):
         raw, path = dict(raw), self.where(i)
         try:
@@ -481,7 +484,7 @@ class ArrayClips:
         _expect((np.abs(raw["joints"]) <= limit).all(), path, "joints", f"hold a number that is not finite or beyond ±{limit:g}")
         if raw.get("visible") is not None:
             raw["visible"] = _scores(np.asarray(raw["visible"], np.float32), path, "scores")
-        words = _NTU_CLASSES[label] if tags and label is not None and label < len(_NTU_CLASSES) else None
+        words = _NTU_CLASSES[label] if (tags or self._is_ntu(V)) and label is not None and label < len(_NTU_CLASSES) else None
         raw["tags"] = {**tags, **raw.get("tags", {})}
         try:
             return Clip(**raw, class_name=words, skeleton=self.skeleton)

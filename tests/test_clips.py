@@ -446,6 +446,53 @@ def test_archives_equal_folders(tmp_path):
             assert all(np.array_equal(a.joints, b.joints) for a, b in zip(got, expected))
 
 
+def test_a_folder_of_archives(tmp_path):
+    """NTU RGB+D 120 comes as two zips in one folder, with the lists beside them."""
+    (tmp_path / "in").mkdir()
+    for k in (2, 1):
+        with zipfile.ZipFile(tmp_path / f"in/nturgbd_s{k}.zip", "w") as z:
+            z.writestr(f"nturgb+d_skeletons/S00{k}C001P001R001A001.skeleton", ntu_text([["1"]] * 3, seed=k))
+            z.writestr("__MACOSX/._S.skeleton", b"\0")
+    (tmp_path / "in/NTU_RGBD_samples_with_missing_skeletons.txt").write_text("a list")
+    clips = open_clips(tmp_path / "in")
+    assert clips.names == ["S001C001P001R001A001", "S002C001P001R001A001"] and "2 clips" in clips.summary
+    for again in (clips, pickle.loads(pickle.dumps(clips))):
+        for k, clip in enumerate(again, 1):
+            np.testing.assert_array_equal(clip.joints, ntu(ntu_text([["1"]] * 3, seed=k)).joints)
+    assert clips.where(1).endswith("nturgbd_s2.zip/nturgb+d_skeletons/S002C001P001R001A001.skeleton")
+    film = json.dumps({**KINETICS, "label": "", "label_index": ""})
+    (tmp_path / "kinetics").mkdir()
+    with tarfile.open(tmp_path / "kinetics/kinetics_val.tar.gz", "w:gz") as t:
+        info = tarfile.TarInfo("a.json")
+        info.size = len(film)
+        t.addfile(info, io.BytesIO(film.encode()))
+    (tmp_path / "kinetics/kinetics_val_label.json").write_text(json.dumps({"a": {"has_skeleton": True, "label": "yoga", "label_index": 399}}))
+    clip = open_clips(tmp_path / "kinetics")[0]
+    assert clip.label == 399 and clip.split == {"kinetics": "test"}
+
+
+def test_the_split_is_told_by_the_folder_itself(tmp_path):
+    folder = folder_of(tmp_path, **{"kinetics_val/a.json": json.dumps(KINETICS)})
+    assert open_clips(folder / "kinetics_val")[0].split == open_clips(folder)[0].split == {"kinetics": "test"}
+
+
+def test_plain_files_of_one_name_in_two_folders(tmp_path):
+    data = plain_bytes(joints=np.ones((4, 5, 3), np.float32), label=3)
+    assert open_clips(folder_of(tmp_path, **{"run/01.npz": data, "walk/01.npz": data})).names == ["run/01", "walk/01"]
+
+
+@pytest.mark.parametrize("name, data, advice", [
+    ("a.rar", b"Rar!\x1a\x07\0", "unpack them first"), ("a.csv", b"1,2,3", "make a Clip"), ("a.mat", b"MATLAB 5.0", "make a Clip"),
+    ("a.bvh", b"HIERARCHY", "make a Clip"), ("x_label.json", b"{}", "the recordings that it lists are missing"),
+])
+def test_advice_for_what_has_no_reader(tmp_path, name, data, advice):
+    folder = folder_of(tmp_path, **{name: data})
+    for path in (folder, folder / name):
+        with pytest.raises(ClipError, match=advice) as e:
+            open_clips(path)
+        assert "ClipStore.build" in str(e.value)
+
+
 def test_what_is_unknown_is_told(tmp_path):
     for files, reason in [({"a.txt": "x"}, "Known are"), ({"a.skeleton": TWO, "b.json": "{}"}, "kind="), ({"a.json": "{}"}, "neither"), ({"._a.skeleton": TWO}, "there is no file in it")]:
         with pytest.raises(ClipError, match=reason):
