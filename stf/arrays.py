@@ -396,7 +396,7 @@ class ManyFiles:
         k, row = self.index[i]
         return self.files[k].record(row)
 
-# %% ../nbs/01c_arrays.ipynb #0f2f843c
+# %% ../nbs/01c_arrays.ipynb #c601130d
 def _data_files(folder):
     "(joint arrays with their parts, all .npy, data pickles, .npz in CTR-GCN's form) directly in a folder."
     here = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
@@ -405,8 +405,16 @@ def _data_files(folder):
     joints = [p for p in joints if "joint" in p.name] or joints
     pickles = [p for p in here if p.suffix.lower() in (".pkl", ".pickle") and not p.stem.lower().endswith("label")]
     packed = [p for p in here if p.suffix.lower() == ".npz"]
-    ctrgcn = [p for p in packed if {"x_train", "x_test"} & set(npz_keys(p))] if 0 < len(packed) <= 16 else []
+    ctrgcn = [p for p in packed if _is_ctrgcn(p)] if 0 < len(packed) <= 16 else []
     return joints, arrays, pickles, ctrgcn
+
+
+def _is_ctrgcn(path):
+    "Whether an .npz has CTR-GCN's form; a damaged one, which may be one recording of many, has not."
+    try:
+        return bool({"x_train", "x_test"} & set(npz_keys(path)))
+    except ClipError:
+        return False
 
 
 def _open_folder(path, labels, num_joints):

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -1007,6 +1008,35 @@ def test_places_that_cannot_be(tmp_path):
     with pytest.raises(ClipError, match="nowhere"):
         build(str(tmp_path / "nowhere"), tmp_path / "s")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_bad_recordings_among_good_ones_are_named(tmp_path):
+    "Plain recordings of one's own: NaN, no frame, no body and the wrong visibility are refused one by one; other joints stop the build."
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    write = lambda name, joints, **more: np.savez(raw / f"{name}.npz", joints=joints.astype(np.float32), label=more.pop("label", 0), **more)
+    for i in range(3):
+        write(f"good{i}", np.ones((4, 25, 3)) * (i + 1), label=i % 2)
+    nan = np.ones((4, 25, 3))
+    nan[2, 7, 1] = np.nan
+    write("nan", nan)
+    write("none", np.ones((0, 25, 3)))
+    write("empty", np.zeros((4, 25, 3)))
+    write("seen", np.ones((4, 25, 3)), visible=np.full((4, 25), 2, np.float32))
+    write("minus", np.ones((4, 25, 3)), label=-1)
+    (raw / "text.npz").write_text("no archive")
+    store = build(raw, tmp_path / "s")
+    table = {Path(r.path).stem: f"{r.place}: {r.reason}" for r in store.refused.itertuples()}
+    assert store.names == ["good0", "good1", "good2"] and sorted(table) == ["empty", "minus", "nan", "none", "seen", "text"]
+    for name, said in (("nan", "frame 2, joint 7.*not a finite"), ("none", "none of them 0"), ("empty", "no body"), ("seen", "0..1"), ("minus", "label")):
+        assert re.search(said, table[name]), table[name]
+    write("kinect", np.ones((4, 20, 3)))
+    with pytest.raises(StoreError, match="'good0' and 'kinect' differ in skeleton .ntu25 and kinect20."):
+        build(raw, tmp_path / "t")
+    (raw / "kinect.npz").unlink()
+    with pytest.raises(StoreError, match="classes has 1 names"):
+        build(open_clips(raw), tmp_path / "t", classes=["only"])
+    assert not list(tmp_path.glob("t*"))
 
 
 @pytest.mark.slow
