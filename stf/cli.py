@@ -244,7 +244,7 @@ def run_ablation(
     if len(have := gains(records, CONTRASTS).query("seeds > 0")):
         print(f"\ngains in percentage points, with their 95 % interval\n{have.round(2).to_string(na_rep='')}")
 
-# %% ../nbs/15_cli.ipynb #f805ddfc
+# %% ../nbs/15_cli.ipynb #ddacb367
 def run_scarce(
     config: Config,
     shares: tuple[float, ...] = (0.1, 0.2, 0.25, 1.0),
@@ -293,6 +293,7 @@ def run_table2(
     config: Config,
     seeds: tuple[int, ...] = (0,),
     rows: Rows = ("M1", "M5"),
+    kinds: tuple[Literal["joint", "bone", "joint-motion", "bone-motion"], ...] = ("joint", "bone"),
     results: str = "data/results",
 ):
     """Joints, bones and both, for one protocol (Tables 2 and 3).
@@ -301,9 +302,10 @@ def run_table2(
         config: see below; of the joint stream's baseline
         seeds: of the trainings
         rows: M1 is MS-G3D, M5 is STF
+        kinds: streams that are trained and averaged, joint first
         results: folder of the records
     """
-    streams(named_by_data(config), seeds, rows, results)
+    streams(named_by_data(config), seeds, rows, results, kinds=kinds)
     records = load_records(results, experiment="table2")
     table = table2(records)
     have = [c for c in table if table.loc["STF":, c].iloc[1:].notna().any()]
@@ -365,7 +367,7 @@ def run_demo(
     """
     demo(folder)
 
-# %% ../nbs/15_cli.ipynb #7e209b6b
+# %% ../nbs/15_cli.ipynb #7bb31d7a
 def named_config(
     name: str,  # preset, run's folder or path of a config.json
 ) -> Config:
@@ -403,7 +405,7 @@ def import_public(
 
 
 COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "scarce": run_scarce, "shift": run_shift,
-            "table2": run_table2, "predict": predict_command,
+            "table2": run_table2, "predict": predict_command, "export": export_command,
             "import-msg3d": import_public, "info": info}  # fmt: skip
 WITH_CONFIG = ("train", "ablation", "scarce", "shift", "table2")
 
