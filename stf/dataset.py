@@ -478,7 +478,23 @@ def _fill(groups, made, ready, stop):
         if stop.is_set() or isinstance(item, Exception):
             return
 
-# %% ../nbs/04_dataset.ipynb #32162597
+# %% ../nbs/04_dataset.ipynb #b84fbb45
+def _handed_over(batch, event):
+    "The batch, once its event is waited for by the stream of the calling thread."
+    if event is not None:
+        here = torch.cuda.current_stream(batch.x.device)
+        here.wait_event(event)
+        for tensor in batch:
+            tensor.record_stream(here)
+    return batch
+
+
+def _batch_error(number, names, error):
+    "StoreError that says which batch, of which clips, and what went wrong."
+    more = f" and {len(names) - 5} others" if len(names) > 5 else ""
+    return StoreError(f"batch {number} (clips {', '.join(map(str, names[:5]))}{more}): {type(error).__name__}: {error}")
+
+# %% ../nbs/04_dataset.ipynb #255e64f6
 class MadeAhead:
     "Iterator over batches that a thread makes ahead. An error comes as StoreError with the clips' names; `close` ends the thread."
 
@@ -507,34 +523,24 @@ class MadeAhead:
         if self.at == len(self.groups) or self.stop.is_set():
             self.close()
             raise StopIteration
-        item = self._take()
-        if isinstance(item, Exception):
+        try:
+            item = self.make(self.groups[self.at]) if self.thread is None else self._take()
+            if isinstance(item, Exception):
+                raise item
+        except Exception as e:
             self.close()
-            named = [self.names[i] for i in self.groups[self.at][:5].tolist()]
-            more = f" and {len(self.groups[self.at]) - 5} others" if len(self.groups[self.at]) > 5 else ""
-            raise StoreError(f"batch {self.at} (clips {', '.join(map(str, named))}{more}): {type(item).__name__}: {item}") from item
-        batch, event = item
-        if event is not None:
-            here = torch.cuda.current_stream(batch.x.device)
-            here.wait_event(event)
-            for tensor in batch:
-                tensor.record_stream(here)
+            raise _batch_error(self.at, [self.names[i] for i in self.groups[self.at].tolist()], e) from e
         self.at += 1
-        return batch
+        return _handed_over(*item)
 
     def _take(self):
-        "The next batch with its event, or an error."
-        if self.thread is None:
-            try:
-                return self.make(self.groups[self.at])
-            except Exception as e:
-                return e
+        "What the thread has made next: a batch with its event, or an error."
         while True:
             try:
                 return self.ready.get(timeout=1)
             except queue.Empty:
                 if not self.thread.is_alive() and self.ready.empty():
-                    return RuntimeError("the thread that makes batches has ended")
+                    raise RuntimeError("the thread that makes batches has ended") from None
 
     def close(self):
         "Let the thread end; nothing more comes."
@@ -552,7 +558,7 @@ class MadeAhead:
         if stop := getattr(self, "stop", None):
             stop.set()
 
-# %% ../nbs/04_dataset.ipynb #12bef5bd
+# %% ../nbs/04_dataset.ipynb #1a9d2cdb
 class StoreSource:
     "A store in the form that `open_clips` gives."
 
@@ -573,7 +579,7 @@ class StoreSource:
     def parse(self, i, raw):
         return self.store[i]
 
-# %% ../nbs/04_dataset.ipynb #4d48e65f
+# %% ../nbs/04_dataset.ipynb #9bdc0a31
 def open_store(
     path,  # maybe a store
 ):  # Clips, or None
