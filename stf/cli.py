@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Rows', 'COMMANDS', 'WITH_CONFIG', 'protocols', 'store_table', 'show_table', 'draw_sheet', 'named_skeleton', 'prepare',
-           'show_refused', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2', 'evaluate',
-           'run_demo', 'named_config', 'import_public', 'call', 'main']
+           'show_refused', 'verify_store', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2',
+           'evaluate', 'run_demo', 'named_config', 'import_public', 'call', 'main']
 
-# %% ../nbs/15_cli.ipynb #7ebc0914
+# %% ../nbs/15_cli.ipynb #e5436add
+import hashlib
 import inspect
 import json
 import sys
@@ -22,7 +23,7 @@ from tyro.conf import Positional, arg
 
 from . import __version__
 from .clips import ClipError, open_clips
-from .dataset import PROTOCOLS, ClipStore, StoreError, protocol_name
+from .dataset import PROTOCOLS, ClipStore, StoreError, check_files, protocol_name, read_header
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
 from .export import export_command
 from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, table5
@@ -154,7 +155,24 @@ def show_refused(store: ClipStore, most: int = 20):
     if len(table) > most:
         print(f"  … and {len(table) - most:,} more: ClipStore({str(store.folder)!r}).refused")
 
-# %% ../nbs/15_cli.ipynb #e4fba70f
+# %% ../nbs/15_cli.ipynb #9f9c9dde
+def verify_store(folder) -> dict:
+    "Hash every file of a store; {file: bytes and hash}. StoreError names all that have changed since it was built; nothing else is opened."
+    if not (Path(folder) / "header.json").exists():
+        raise ConfigError(f"{folder}: only stores have checksums to verify, and this is none (no header.json)")
+    files, changed = read_header(folder)["files"], []
+    check_files(folder, {"files": files})
+    for name, known in files.items():
+        found = hashlib.sha256()
+        with open(Path(folder) / name, "rb") as f:
+            for piece in iter(lambda: f.read(1 << 20), b""):
+                found.update(piece)
+        changed += [name] if found.hexdigest() != known["sha256"] else []
+    if changed:
+        raise StoreError(f"{folder}: {', '.join(changed)}: the content has changed since the store was built; copy it again, or build it again")
+    return files
+
+
 def info(
     what: Positional[str] = "",
     verify: bool = False,
@@ -166,8 +184,10 @@ def info(
         verify: read a whole store and compare it with the checksums that were taken when it was built
     """
     folder = Path(what)
-    if verify and not (folder / "header.json").exists():
-        raise ConfigError(f"{what or '.'}: only stores have checksums to verify, and this is none (no header.json)")
+    if verify:
+        files = verify_store(folder)
+        print(f"{what}: all {len(files)} files ({sum(f['bytes'] for f in files.values()):,} bytes) are as they were when the store was built")
+        return
     if not what:
         print(f"stf {__version__}; presets:\n  " + "\n  ".join(presets()))
     elif what in presets():
@@ -178,11 +198,6 @@ def info(
         print(r.history.round(4).to_string(index=False))
     elif (folder / "header.json").exists():
         store = ClipStore(folder)
-        if verify:
-            store.verify()
-            files = store.header["files"]
-            print(f"{what}: all {len(files)} files ({sum(f['bytes'] for f in files.values()):,} bytes) are as they were when the store was built")
-            return
         show_table({"store": what, **store_table(store)})
         show_refused(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))

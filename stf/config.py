@@ -213,7 +213,7 @@ class Config(RecordSettings):
     def __str__(self):
         return describe(self)
 
-# %% ../nbs/09b_config.ipynb #5911e226
+# %% ../nbs/09b_config.ipynb #054089f8
 def read_config(cls, text):
     "A Config from JSON text."
     try:
@@ -224,13 +224,13 @@ def read_config(cls, text):
         raise ConfigError(f"this configuration has version {version}; this stf ({__version__}) reads version 1")
     return cls(**values)
 
-
+# %% ../nbs/09b_config.ipynb #2694d114
 def describe(config: Config) -> str:
     "One line a value; those that differ from the default are marked with a star."
     row = lambda f, value: f"{'*' if value != f.default else ' '} {f.name:16s}{value}"
     return "\n".join(row(f, getattr(config, f.name)) for f in fields(config))
 
-# %% ../nbs/09b_config.ipynb #097c0a6b
+# %% ../nbs/09b_config.ipynb #7083b625
 def check_keys(values):
     "ConfigError for a key that Config doesn't have, with the closest one."
     known = [f.name for f in fields(Config)]
@@ -238,7 +238,7 @@ def check_keys(values):
         if key not in known:
             raise ConfigError(f"a configuration has no {key!r}; {closest(key, known)}")
 
-
+# %% ../nbs/09b_config.ipynb #6ba2f9fc
 def typed(name, value, default):
     "The value in the type of its default, or ConfigError."
     if isinstance(default, tuple):
@@ -258,7 +258,7 @@ def typed(name, value, default):
         raise ConfigError(f"{name} must be of type {type(default).__name__}, got {value!r}")
     return number
 
-# %% ../nbs/09b_config.ipynb #daff50b5
+# %% ../nbs/09b_config.ipynb #18ffc537
 def _number(kind, value):
     "The value as a finite number of that kind; None if it is none."
     try:
@@ -267,7 +267,7 @@ def _number(kind, value):
         return None
     return number if math.isfinite(number) and number == value else None
 
-
+# %% ../nbs/09b_config.ipynb #39f91d08
 def _typed_list(name, value):
     "A tuple of whole numbers, or of texts for classes."
     kind, what = (str, "names") if name == "classes" else ((int, np.integer), "whole numbers")
@@ -275,7 +275,7 @@ def _typed_list(name, value):
         raise ConfigError(f"{name} must be a list of {what}, got {value!r}")
     return tuple(value) if kind is str else tuple(int(v) for v in value)
 
-# %% ../nbs/09b_config.ipynb #9abd4f24
+# %% ../nbs/09b_config.ipynb #dab0a751
 CHOICES = {
     "stream": STREAMS,
     "preprocess": tuple(PRESETS),
@@ -297,7 +297,7 @@ AT_LEAST_1 = ("length", "num_bodies", "gcn_scales", "g3d_scales", "epochs", "bat
 AT_LEAST_0 = ("lr", "stf_lr", "decay", "momentum", "weight_decay", "warmup", "clip_grad", "seed", "order", "evaluate_every", "save_every",
               "lambda_e", "lambda_d", "lambda_c", "lambda_g")  # fmt: skip
 
-
+# %% ../nbs/09b_config.ipynb #751e11a7
 def check_ranges(config):
     "Words that are known, numbers that are large enough."
     for name, known in CHOICES.items():
@@ -315,7 +315,7 @@ def check_ranges(config):
     if not 0 < config.fraction <= 1:
         raise ConfigError(f"fraction is a share of the training clips, above 0 and at most 1; got {config.fraction}")
 
-# %% ../nbs/09b_config.ipynb #f62a0ccb
+# %% ../nbs/09b_config.ipynb #e50bb52a
 def check_input(config):
     "Input that can be made."
     if len(config.classes) == 1 or len(set(config.classes)) < len(config.classes):
@@ -327,7 +327,7 @@ def check_input(config):
     except ValueError as e:
         raise ConfigError(f"aug_{e}") from None
 
-
+# %% ../nbs/09b_config.ipynb #ab13a88f
 def check_network(config):
     "Sizes that the network can have."
     if issubclass(NETWORKS[config.model], MSG3D):
@@ -338,7 +338,7 @@ def check_network(config):
     if config.train_only and not config.init:
         raise ConfigError("train_only='head' needs a trained network to keep: name it, init='data/runs/…'")
 
-
+# %% ../nbs/09b_config.ipynb #a082ac6d
 def check_objective(config):
     "Loss terms that the network and the input have."
     if config.losses is not None and (extra := set(config.losses) - set("edcg")):
@@ -350,7 +350,7 @@ def check_objective(config):
     if config.sync_bn and config.loss_weights.c:
         raise ConfigError("sync_bn has no second derivative, which the coherence loss (c) needs: leave one of them out")
 
-
+# %% ../nbs/09b_config.ipynb #d7a03a62
 def check_course(config):
     "Schedules, precision and what is kept."
     if config.nesterov and not config.momentum:
@@ -362,10 +362,10 @@ def check_course(config):
     if config.keep_best and not config.validation:
         raise ConfigError("keep_best needs validation clips to judge by (the test split is never used to choose): validation=0.1, say")
 
-
+# %% ../nbs/09b_config.ipynb #9f43cc61
 CHECKS = (check_ranges, check_input, check_network, check_objective, check_course)
 
-# %% ../nbs/09b_config.ipynb #b9fe482b
+# %% ../nbs/09b_config.ipynb #eaec45d0
 BENCHMARKS = {
     "ntu60-xsub": dict(data="data/ntu60", protocol="xsub"),
     "ntu60-xview": dict(data="data/ntu60", protocol="xview"),
@@ -380,16 +380,18 @@ OTHERS = {
     "synthetic": dict(data="data/synthetic", protocol="xsub", length=32, **SMALL,
                       epochs=12, milestones=(8, 11), stf_epochs=4, stf_milestones=(3,)),
     "ucla": dict(**UCLA, batch_size=16, epochs=50, milestones=(30, 40)),
+    "ucla-augmented": dict(**UCLA, batch_size=16, epochs=65, milestones=(50, 60), warmup=5, aug_rotate=17.0, aug_crop=0.5,
+                           stf_epochs=30, stf_milestones=(20, 27)),
     "ucla-small": dict(**UCLA, **SMALL, epochs=30, milestones=(20, 27), stf_epochs=8, stf_milestones=(5, 7)),
 }  # fmt: skip
 
-# %% ../nbs/09b_config.ipynb #2a49ef8b
+# %% ../nbs/09b_config.ipynb #7bc21a51
 def presets() -> list:
     "Names of all presets."
     first = [f"{b}-{s}" for b in BENCHMARKS for s in ("joint", "bone")] + [f"{o}{s}" for o in OTHERS for s in ("", "-bone")]
     return [f"{name}{stage}" for name in first for stage in ("", "-stf-e", "-stf-dcg")]
 
-
+# %% ../nbs/09b_config.ipynb #bb037f11
 def preset(
     name: str,  # e.g. "ntu60-xsub-joint", "ntu60-xsub-joint-stf-e" or "…-stf-dcg"; presets() lists them
     **changes,  # values to change
@@ -408,7 +410,7 @@ def preset(
         values = {**values, "stf_epochs": values["epochs"], "stf_milestones": values["milestones"]}
     return Config(**{"name": base, "stream": stream, **values, **changes})
 
-# %% ../nbs/09b_config.ipynb #6f6a1334
+# %% ../nbs/09b_config.ipynb #17094e29
 STF_NETWORK = {"msg3d": "stf"}  # which network of NETWORKS starts from which baseline's weights, with β and α of its own
 
 
@@ -424,7 +426,7 @@ def second_stage(
         lr=config.stf_lr, epochs=config.stf_epochs, milestones=config.stf_milestones,
     )  # fmt: skip
 
-# %% ../nbs/09b_config.ipynb #59775155
+# %% ../nbs/09b_config.ipynb #1db13c43
 def learning_rate(
     config: Config,
     epoch: int,  # counted from 0

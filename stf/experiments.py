@@ -439,8 +439,8 @@ def gains(
     table = pd.DataFrame(lines, columns=columns).set_index("question")
     return table.assign(verdict=table["verdict"].fillna(""))
 
-# %% ../nbs/11_experiments.ipynb #caad744b
-STREAM_NAMES = {"joint": "J", "bone": "B", "joint+bone": "J+B"}
+# %% ../nbs/11_experiments.ipynb #0f295e9e
+STREAM_NAMES = {"joint": "J", "bone": "B", "joint+bone": "J+B", "joint+bone+joint-motion+bone-motion": "four streams"}
 
 
 def fuse(

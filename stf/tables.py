@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PAPER_SETTINGS', 'METHODS', 'properties', 'table1', 'stream_config', 'streams', 'setting', 'recipe', 'other_settings',
            'mean_top1', 'table2', 'table3', 'share_config', 'scarce', 'table4', 'scarce_gains', 'shift', 'shift_table',
-           'figure3', 'operations']
+           'figure3', 'TrainingSide', 'choose', 'operations']
 
-# %% ../nbs/11c_tables.ipynb #f30278ea
+# %% ../nbs/11c_tables.ipynb #03c838cf
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import BENCHMARKS, Config, ConfigError
-from .dataset import ClipStore
+from .dataset import ClipStore, validation_split
 from .experiments import STREAM_NAMES, TABLE5, Job, gains, make_records, paper_table, record_path, record_scores, row_config, row_jobs
 from .skeleton import SKELETONS
 from .statistics import class_tests
@@ -52,7 +52,7 @@ def table1(
     ours = {title: {k: "Y" if v else "N" for k, v in properties(c).items()} for title, c in configs.items()}
     return paper_table("table1").join(pd.DataFrame(ours))
 
-# %% ../nbs/11c_tables.ipynb #f4a7d4c4
+# %% ../nbs/11c_tables.ipynb #595275aa
 def stream_config(
     config: Config,  # of the joint stream
     stream: str,  # bone, joint-motion, …
@@ -69,23 +69,24 @@ def streams(
     results="data/results",  # where records are kept
     store=None,  # an open ClipStore; None: the one in config.data
     progress: bool = True,  # say what there is to do, and show bars
-) -> list:  # records: J, B and J+B of each row and seed
-    "Table 2's three columns of one protocol. Resumable, and safe to be called twice at once."
-    if config.stream != "joint":
+    kinds=("joint", "bone"),  # streams that are averaged; the field often adds joint-motion and bone-motion
+) -> list:  # records: each stream and their average, of each row and seed
+    "Table 2's three columns of one protocol (or more streams). Resumable, and safe to be called twice at once."
+    if config.stream != "joint" or kinds[0] != "joint":
         raise ConfigError(f"give the joint stream's configuration, not that of {config.stream!r}: the bone stream's is made from it")
-    bone, jobs = stream_config(config, "bone"), []
+    configs = [config if kind == "joint" else stream_config(config, kind) for kind in kinds]
+    fused, jobs = "+".join([config.name, *kinds[1:]]), []
     for seed in seeds:
-        joint_jobs, bone_jobs = (row_jobs(c, rows, (seed,), results, "table2") for c in (config, bone))
-        jobs += [*joint_jobs, *bone_jobs]
-        for a, b in zip(joint_jobs, bone_jobs):
-            if a.row in rows:
-                path = record_path(results, "table2", f"{config.name}+bone", a.row, seed)
-                jobs.append(Job(path, "table2", f"{config.name}+bone", a.row, seed, row_config(config, "M1", seed), average=(a.path, b.path),
-                                facts={"stream": "joint+bone"}))  # fmt: skip
+        parts = [row_jobs(c, rows, (seed,), results, "table2") for c in configs]
+        jobs += [job for part in parts for job in part]
+        for same in zip(*parts) if len(kinds) > 1 else ():
+            if (row := same[0].row) in rows:
+                jobs.append(Job(record_path(results, "table2", fused, row, seed), "table2", fused, row, seed, row_config(config, "M1", seed),
+                                average=tuple(job.path for job in same), facts={"stream": "+".join(kinds)}))  # fmt: skip
     records = make_records(jobs, {config.data: store} if store is not None else None, progress)
     return [r for r in records if r["row"] in rows]
 
-# %% ../nbs/11c_tables.ipynb #4fbb6263
+# %% ../nbs/11c_tables.ipynb #2672acfd
 PAPER_SETTINGS = {("ntu60", "xsub"): "NTU60 x-sub", ("ntu60", "xview"): "NTU60 x-view", ("ntu120", "xsub"): "NTU120 x-sub",
                   ("ntu120", "xset"): "NTU120 x-set", ("kinetics", "val"): "Kinetics"}  # fmt: skip
 METHODS = {"M1": "MS-G3D", "M5": "STF"}
@@ -100,7 +101,8 @@ def setting(record) -> str:
 def recipe(record) -> str:
     "Whose settings a record was made with: 'ours' for the paper's presets, else the name without its stream."
     name = record["name"]
-    for tail in ("+bone", "-bone", "-joint"):
+    name = name.partition("+")[0]
+    for tail in ("-bone-motion", "-joint-motion", "-bone", "-joint"):
         name = name.removesuffix(tail)
     return "ours" if name in BENCHMARKS else f"ours, {name}"
 
@@ -250,7 +252,42 @@ def figure3(
     table["paper"] = [next((v for k, v in named.items() if str(c).startswith(k)), np.nan) for c in table.index]
     return table
 
-# %% ../nbs/11c_tables.ipynb #b26de500
+# %% ../nbs/11c_tables.ipynb #7e44795e
+class TrainingSide:
+    "A store whose test side is a validation split of its own training side: what is chosen with it has never seen the test clips."
+
+    def __init__(self, store, protocol, by="subject", part=0.1, seed=0):
+        self.store, self.sides = store, validation_split(store, store.split(protocol)[0], by, part, seed)
+
+    def split(self, protocol):
+        "(train, validation) clip numbers, whatever the protocol is called."
+        return self.sides
+
+    def __getattr__(self, name):
+        if name.startswith("__") or name == "store":
+            raise AttributeError(name)
+        return getattr(self.store, name)
+
+
+def choose(
+    config: Config,  # of a baseline
+    variants: dict,  # name → values of the configuration that differ
+    by: str = "subject",  # tag whose clips are held out together: subject, view, setup, …
+    seeds=(0,),
+    results="data/results",  # where records are kept
+    store=None,  # an open ClipStore; None: the one in config.data
+    progress: bool = True,
+) -> list:  # records with experiment "choice"; their row is the variant
+    "Compare settings of the baseline on clips held out from the training side. Resumable, and safe to be called twice at once."
+    side, jobs = TrainingSide(store or ClipStore(config.data), config.protocol, by), []
+    for seed in seeds:
+        for name, changes in variants.items():
+            tail = f"-choice-{by}-{name}"
+            one = config.replace(**{"name": config.name + tail, "folder": config.folder and f"{config.folder}{tail}-seed{seed}", "seed": seed, **changes})
+            jobs.append(Job(record_path(results, "choice", config.name, f"{by}-{name}", seed), "choice", config.name, name, seed, one, facts={"by": by}))
+    return make_records(jobs, {job.config.data: side for job in jobs}, progress)
+
+# %% ../nbs/11c_tables.ipynb #051d9164
 def operations(
     config: Config,  # of the baseline
     skeleton=None,  # Skeleton; None: NTU's
