@@ -31,7 +31,7 @@ from .config import BENCHMARKS, Config, ConfigError, closest
 from .skeleton import SKELETONS, Skeleton
 from .stf_module import load_network, network_class, read_header, save_network
 
-# %% ../nbs/09c_checkpoints.ipynb #c6263bf1
+# %% ../nbs/09c_checkpoints.ipynb #ed25a636
 def batch_options(
     source,  # a Config, or a checkpoint's header
 ) -> dict:  # for store.batch(indices, **options)
@@ -40,10 +40,10 @@ def batch_options(
     options = {key: get(key) for key in ("stream", "preprocess", "length", "num_bodies")}
     return options | {key: get(key, usual) for key, usual in USUAL.items() if get(key, usual) != usual}
 
-
+# %% ../nbs/09c_checkpoints.ipynb #ad470021
 USUAL = {"time": "repeat", "bodies": "spread"}  # what a header means that doesn't say it
 
-
+# %% ../nbs/09c_checkpoints.ipynb #9d675deb
 def make_header(
     config: Config,
     store,  # ClipStore
@@ -57,7 +57,7 @@ def make_header(
             "skeleton": asdict(store.skeleton), "num_classes": len(store.classes), "classes": list(store.classes),
             "config": json.loads(config.to_json()), **more}  # fmt: skip
 
-
+# %% ../nbs/09c_checkpoints.ipynb #2a3ddc24
 def build_network(
     header: dict,  # from make_header
 ) -> torch.nn.Module:
@@ -65,7 +65,7 @@ def build_network(
     cls = network_class(header["model"])
     return cls(skeleton=Skeleton(**header["skeleton"]), **{k: header[k] for k in cls.SIZES if k in header})
 
-# %% ../nbs/09c_checkpoints.ipynb #db6b03af
+# %% ../nbs/09c_checkpoints.ipynb #6fedba7c
 def write_file(path, data: bytes):
     "Write and push to the disk."
     with open(path, "wb") as f:
@@ -73,7 +73,7 @@ def write_file(path, data: bytes):
         f.flush()
         os.fsync(f.fileno())
 
-
+# %% ../nbs/09c_checkpoints.ipynb #74d0e6ca
 def write_json(
     path,  # file to write; it is written aside and renamed
     value,  # what JSON can hold
@@ -83,11 +83,11 @@ def write_json(
     write_file(aside, json.dumps(value, indent=1).encode())
     os.replace(aside, path)
 
-# %% ../nbs/09c_checkpoints.ipynb #25e334f8
+# %% ../nbs/09c_checkpoints.ipynb #86602a4d
 def beside(folder, tail):
     return folder.with_name(folder.name + tail)
 
-
+# %% ../nbs/09c_checkpoints.ipynb #8d65be73
 def put_in_place(aside, folder):
     "Rename a finished folder into place; the one before it stays whole until then."
     old = beside(folder, ".old")
@@ -97,7 +97,7 @@ def put_in_place(aside, folder):
     os.rename(aside, folder)
     shutil.rmtree(old, ignore_errors=True)
 
-
+# %% ../nbs/09c_checkpoints.ipynb #80dbb59f
 def find_checkpoint(
     folder,  # a checkpoint, or a run's folder
 ) -> Path:
@@ -108,7 +108,7 @@ def find_checkpoint(
             return place
     raise FileNotFoundError(f"no checkpoint in {folder}: neither it nor its checkpoint/ holds weights.safetensors")
 
-# %% ../nbs/09c_checkpoints.ipynb #793f7ea6
+# %% ../nbs/09c_checkpoints.ipynb #9bcfa116
 def is_disk_full(error) -> bool:
     "Whether an exception, or one that it came from, says that there is no room left."
     while error is not None:
@@ -117,7 +117,7 @@ def is_disk_full(error) -> bool:
         error = error.__cause__ or error.__context__
     return False
 
-
+# %% ../nbs/09c_checkpoints.ipynb #f6de7b18
 @contextmanager
 def room_for(folder):
     "Say where the disk is full and what to do, if it is; other errors pass."
@@ -129,7 +129,7 @@ def room_for(folder):
         text = f"no room left on the disk of {folder}: make room, then start the same run again; its last checkpoint is whole"
         raise OSError(errno.ENOSPC, text) from e
 
-# %% ../nbs/09c_checkpoints.ipynb #1cfdd500
+# %% ../nbs/09c_checkpoints.ipynb #412ba37a
 def save_checkpoint(
     folder,  # to write or to replace
     net: torch.nn.Module,
@@ -151,7 +151,7 @@ def save_checkpoint(
         raise
     return folder
 
-
+# %% ../nbs/09c_checkpoints.ipynb #aae88eda
 def write_checkpoint(aside, net, header, tensors, state):
     "The files of a checkpoint, pushed to the disk."
     weights = save_network(aside, net, **{k: v for k, v in header.items() if k not in ("model", "skeleton", *net.SIZES)})
@@ -162,7 +162,7 @@ def write_checkpoint(aside, net, header, tensors, state):
         write_file(aside / "state.safetensors", to_bytes({k: v.detach().cpu().contiguous() for k, v in (tensors or {}).items()}))
         write_file(aside / "state.json", json.dumps(state).encode())
 
-
+# %% ../nbs/09c_checkpoints.ipynb #3791bc29
 def load_checkpoint(
     folder,  # a checkpoint, or a run's folder
     device="cpu",
@@ -170,15 +170,15 @@ def load_checkpoint(
     "The trained network and what its header says. FileNotFoundError if there is none, ValueError that names the file if it is none of ours."
     return load_network(find_checkpoint(folder), device)
 
-# %% ../nbs/09c_checkpoints.ipynb #f5ca3b62
+# %% ../nbs/09c_checkpoints.ipynb #675d4fa9
 HEAD = "fc."  # names of the last layer's tensors begin so, unless the network's class says otherwise, HEAD = "…"
 
-
+# %% ../nbs/09c_checkpoints.ipynb #a892faf8
 def is_head(net, name) -> bool:
     "Whether a tensor belongs to the last layer."
     return name.startswith(getattr(net, "HEAD", HEAD))
 
-
+# %% ../nbs/09c_checkpoints.ipynb #35fbab43
 def start_from(
     net: torch.nn.Module,  # its weights are replaced
     folder,  # checkpoint, or run's folder
@@ -201,7 +201,7 @@ def start_from(
     net.load_state_dict({**own, **tensors})
     return net
 
-# %% ../nbs/09c_checkpoints.ipynb #2cdedbb6
+# %% ../nbs/09c_checkpoints.ipynb #95b375e9
 def check_same_task(net, folder, header, given, other_head=False):
     "ConfigError for the first thing in which a checkpoint's header differs from what a training is for."
     keys = ["classes", "skeleton", "stream", "preprocess", *USUAL, *net.SIZES]
@@ -213,7 +213,7 @@ def check_same_task(net, folder, header, given, other_head=False):
             short = lambda v: f"{str(v)[:60]}…" if len(str(v)) > 60 else repr(v)
             raise ConfigError(f"can't start from {folder}: its {key} is {short(other)}, this training's {short(mine)}")
 
-# %% ../nbs/09c_checkpoints.ipynb #61bb7566
+# %% ../nbs/09c_checkpoints.ipynb #b91d4c2e
 def publish(
     folder,  # a run's folder or a checkpoint
     destination,  # where to write
@@ -228,7 +228,7 @@ def publish(
     save_file(small, destination / "weights.safetensors", header)
     return destination / "weights.safetensors"
 
-# %% ../nbs/09c_checkpoints.ipynb #5aa6a896
+# %% ../nbs/09c_checkpoints.ipynb #06d1898f
 def read_public(
     file,  # a .pt or .pth file
 ) -> dict:  # name → tensor, without a leading `module.`
@@ -251,7 +251,7 @@ def read_public(
         raise ValueError(f"{file}: not a dictionary of name → tensor")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
-# %% ../nbs/09c_checkpoints.ipynb #7b50dad2
+# %% ../nbs/09c_checkpoints.ipynb #de0c7af4
 def public_sizes(
     state: dict,  # from read_public
     file="the checkpoint",  # for messages
@@ -271,16 +271,16 @@ def public_sizes(
     return dict(num_classes=classes, joints=joints, in_channels=C, num_bodies=shape("data_bn.weight")[0] // (joints * normalised),
                 widths=widths, gcn_scales=scales, g3d_scales=g3d_rows // nodes, windows=tuple(windows))  # fmt: skip
 
-
+# %% ../nbs/09c_checkpoints.ipynb #14a57ebe
 def _shape(state, name, file):
     if name not in state:
         raise ValueError(f"{file}: tensor {name!r} is missing, so these are not the weights of an MS-G3D ({len(state)} tensors, the first {min(state)!r})")
     return tuple(state[name].shape)
 
-# %% ../nbs/09c_checkpoints.ipynb #6f8577fc
+# %% ../nbs/09c_checkpoints.ipynb #5ee2e8e1
 PUBLIC_CLASSES = {60: "ntu60", 120: "ntu120", 400: "kinetics400"}  # outputs → data set
 
-
+# %% ../nbs/09c_checkpoints.ipynb #7cd63a41
 def _skeleton_of(joints, given, file):
     "The skeleton with so many joints, or the given one if it fits."
     if isinstance(given, str) and given and given not in SKELETONS:
@@ -294,7 +294,7 @@ def _skeleton_of(joints, given, file):
         raise ValueError(f"{file}: was trained on {joints} joints; skeleton {skeleton.name!r} has {skeleton.num_joints}")
     return skeleton
 
-
+# %% ../nbs/09c_checkpoints.ipynb #6db4a70a
 def _classes_of(count, given, file):
     "The names of so many classes."
     if not given and count not in PUBLIC_CLASSES:
@@ -304,7 +304,7 @@ def _classes_of(count, given, file):
         raise ValueError(f"{file}: has {count} outputs (fc.weight), but {len(names)} class names were expected")
     return names
 
-# %% ../nbs/09c_checkpoints.ipynb #b98d7203
+# %% ../nbs/09c_checkpoints.ipynb #1748fc5a
 def import_msg3d(
     file,  # published weights: a .pt file
     folder,  # checkpoint to write
@@ -336,7 +336,7 @@ def import_msg3d(
     source = {"file": Path(file).name, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
     return save_checkpoint(folder, net, {**header, **told, "config": json.loads(config.to_json()), "imported": source})
 
-
+# %% ../nbs/09c_checkpoints.ipynb #06274a78
 def _public_config(file, stream, preset, sizes):
     "What the file was trained with, as far as it is known. ConfigError where stream, preset and shapes contradict each other."
     given = Config.preset(preset) if preset else None

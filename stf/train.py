@@ -16,7 +16,7 @@ __all__ = ['PATIENCE', 'FITTING', 'make_optimizer', 'epoch_batches', 'splits', '
            'preset', 'presets', 'second_stage', 'batch_options', 'build_network', 'find_checkpoint', 'import_msg3d',
            'load_checkpoint', 'make_header', 'publish', 'save_checkpoint', 'start_from', 'write_json']
 
-# %% ../nbs/10_train.ipynb #94424ee2
+# %% ../nbs/10_train.ipynb #a81dcd2f
 import atexit
 import copy
 import json
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
@@ -133,14 +134,14 @@ def step_parts(
     parts = np.array_split(indices, processes * accumulate)
     return [parts[p * accumulate : (p + 1) * accumulate] for p in range(processes)]
 
-# %% ../nbs/10_train.ipynb #7b30e258
+# %% ../nbs/10_train.ipynb #1808c1ae
 def running_statistics(
     net: torch.nn.Module,
 ) -> list:  # of tensors
     "The buffers of all batch norms."
     return [b for m in net.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)]
 
-
+# %% ../nbs/10_train.ipynb #5f060d54
 @contextmanager
 def first_part_only(
     statistics: list,  # from running_statistics
@@ -157,14 +158,14 @@ def first_part_only(
     if first:
         put_back(statistics, first)
 
-
+# %% ../nbs/10_train.ipynb #2a296917
 def put_back(tensors, values):
     "Copy values into tensors."
     with torch.no_grad():
         for tensor, value in zip(tensors, values):
             tensor.copy_(value)
 
-# %% ../nbs/10_train.ipynb #ed1ef0b6
+# %% ../nbs/10_train.ipynb #dfc5782a
 def moving_decay(
     decay: float,  # in the long run
     step: int,  # steps taken before
@@ -172,7 +173,7 @@ def moving_decay(
     "Decay of a moving average at some step: min(decay, (1 + step) / (10 + step))."
     return min(decay, (1 + step) / (10 + step))
 
-
+# %% ../nbs/10_train.ipynb #3d82ba86
 @torch.no_grad()
 def follow(
     average: torch.nn.Module,  # changed
@@ -186,7 +187,7 @@ def follow(
     for a, b in whole:
         a.copy_(b)
 
-# %% ../nbs/10_train.ipynb #cfc70bd1
+# %% ../nbs/10_train.ipynb #8846bca8
 @dataclass
 class Training:
     "A training at some moment. `epoch` epochs and `step` steps of the next one are done."
@@ -246,7 +247,7 @@ class Training:
             return self
         return restore(self, folder)
 
-# %% ../nbs/10_train.ipynb #243463ac
+# %% ../nbs/10_train.ipynb #ffa60443
 def training_state(t: Training) -> tuple:  # (tensors, what JSON holds)
     "All that is needed to go on, beside the weights that predict."
     names = {id(p): name for name, p in t.net.named_parameters()}
@@ -260,7 +261,7 @@ def training_state(t: Training) -> tuple:  # (tensors, what JSON holds)
         state["scaler"] = t.accelerator.scaler.state_dict()
     return tensors, state
 
-
+# %% ../nbs/10_train.ipynb #28f66e05
 def random_state(t: Training) -> dict:
     "States of the random generators, of every process."
     mine = {"rng/cpu": torch.get_rng_state()}
@@ -269,7 +270,7 @@ def random_state(t: Training) -> dict:
     every = gather_object([mine]) if t.accelerator.num_processes > 1 else [mine]
     return {key + (f"/{p}" if p else ""): value for p, state in enumerate(every) for key, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #539dcac6
+# %% ../nbs/10_train.ipynb #9a179dc2
 def restore(t: Training, folder) -> Training:
     "A training as a checkpoint describes it."
     device = str(t.device)
@@ -289,7 +290,7 @@ def restore(t: Training, folder) -> Training:
     restore_random(t, tensors)
     return t
 
-
+# %% ../nbs/10_train.ipynb #7df8c126
 def restore_random(t, tensors):
     "This process's random generators; where the checkpoint had fewer processes, they stay as the epoch seeds them."
     p = t.accelerator.process_index
@@ -299,13 +300,13 @@ def restore_random(t, tensors):
     if t.device.type == "cuda" and f"rng/cuda{tail}" in tensors:
         torch.cuda.set_rng_state(tensors[f"rng/cuda{tail}"].cpu(), t.device)
 
-
+# %% ../nbs/10_train.ipynb #d79b3446
 def seed_epoch(t: Training):
     "Seed the random generators for an epoch, each process's differently."
     p = t.accelerator.process_index
     torch.manual_seed(int(np.random.SeedSequence([t.config.seed, t.epoch, *([p] if p else [])]).generate_state(1)[0]))
 
-# %% ../nbs/10_train.ipynb #e8828e9f
+# %% ../nbs/10_train.ipynb #3c11ae67
 def make_accelerator(
     device: str = "auto",  # auto, cpu or cuda
     precision: str = "float32",  # float32, bf16 or fp16
@@ -328,12 +329,12 @@ def make_accelerator(
         raise RuntimeError(f"this training runs in one process or as plain data parallel, not as {accelerator.distributed_type.value}")
     return accelerator
 
-
+# %% ../nbs/10_train.ipynb #1aaa6dc8
 def is_first_process() -> bool:
     "Whether this process speaks for all: it is the only one, or the first of those that a launcher started."
     return int(os.environ.get("RANK", 0)) == 0
 
-
+# %% ../nbs/10_train.ipynb #e1a96b3d
 def check_launch():
     "RuntimeError where an environment speaks of several processes, but not how they find each other."
     lacking = [k for k in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if k not in os.environ]
@@ -341,14 +342,14 @@ def check_launch():
         raise RuntimeError(f"several processes were announced (WORLD_SIZE={os.environ['WORLD_SIZE']}), but {', '.join(lacking)} is not set: "
                            "start them with torchrun or accelerate launch")  # fmt: skip
 
-
+# %% ../nbs/10_train.ipynb #947bed78
 @atexit.register
 def leave_group():
     "Say goodbye to the other processes."
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
-# %% ../nbs/10_train.ipynb #e661aca8
+# %% ../nbs/10_train.ipynb #391942ce
 def in_first(
     accelerator: Accelerator,
     work,  # function without arguments
@@ -367,7 +368,7 @@ def in_first(
         raise outcome[1]
     return outcome[0]
 
-
+# %% ../nbs/10_train.ipynb #384ad0f9
 def sendable(error):
     "The exception itself if another process can read it, else its text."
     try:
@@ -376,7 +377,7 @@ def sendable(error):
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
 
-
+# %% ../nbs/10_train.ipynb #cca2cd3a
 def share_statistics(t: Training, net):
     "Hand on the first process's running statistics."
     if t.accelerator.num_processes == 1:
@@ -386,7 +387,7 @@ def share_statistics(t: Training, net):
     torch.distributed.broadcast(flat, 0)
     put_back(tensors, [part.view_as(b) for b, part in zip(tensors, flat.split([b.numel() for b in tensors]))])
 
-# %% ../nbs/10_train.ipynb #df6fec15
+# %% ../nbs/10_train.ipynb #27842af1
 def shared_scores(t: Training, indices, progress=False) -> Scores:
     "Each process asks its share of the clips; the answers are put together in order. In float32, whatever the training's precision."
     net, a = t.evaluated, t.accelerator
@@ -400,7 +401,7 @@ def shared_scores(t: Training, indices, progress=False) -> Scores:
     probabilities = np.concatenate(gather_object([part.probabilities]))
     return Scores([t.store.names[i] for i in indices], np.asarray(t.store.labels)[indices], probabilities, list(t.store.classes))
 
-# %% ../nbs/10_train.ipynb #0321e1a6
+# %% ../nbs/10_train.ipynb #c448a979
 def environment(device=None) -> dict:
     "Where numbers come from: versions, threads, device, machine type, commit of the code."
     name = torch.cuda.get_device_name(device) if device is not None and torch.device(device).type == "cuda" else "cpu"
@@ -408,7 +409,7 @@ def environment(device=None) -> dict:
             "numpy": np.__version__, "device": name, "threads": torch.get_num_threads(), "system": platform.system(),
             "machine": platform.machine(), "processor": _processor(), "processes": int(os.environ.get("WORLD_SIZE", 1))}  # fmt: skip
 
-
+# %% ../nbs/10_train.ipynb #0f25aad7
 @lru_cache(maxsize=1)
 def _processor():
     try:
@@ -417,7 +418,7 @@ def _processor():
     except (OSError, StopIteration):
         return platform.processor()
 
-
+# %% ../nbs/10_train.ipynb #7edde376
 @lru_cache(maxsize=1)
 def git_commit() -> str | None:
     "Commit of the checkout this package runs from ('+' after it: with changes to the package); None if it runs from no checkout."
@@ -431,7 +432,7 @@ def git_commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
 
-# %% ../nbs/10_train.ipynb #7a8f9c59
+# %% ../nbs/10_train.ipynb #e5a3eaeb
 def begin(
     config: Config,
     store,  # ClipStore
@@ -449,10 +450,12 @@ def begin(
     loss = STFLoss(net, config.loss_weights, score=config.score, norm=config.norm, coherence=config.coherence, guide=config.guide,
                    mask=config.mask, control=config.control)  # fmt: skip
     optimizer = make_optimizer(net, config)
-    loss = accelerator.prepare_model(loss)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of newer torch about an option whose successor older ones lack
+        loss = accelerator.prepare_model(loss)
     return Training(config, store, train, val, test, header, accelerator, net, loss, optimizer, average)
 
-
+# %% ../nbs/10_train.ipynb #42184d89
 def begin_network(config, header, accelerator):
     "The network on its device, with its first weights."
     head = config.train_only == "head"
@@ -466,7 +469,7 @@ def begin_network(config, header, accelerator):
         net = torch.nn.SyncBatchNorm.convert_sync_batchnorm(net)
     return net.to(accelerator.device)
 
-
+# %% ../nbs/10_train.ipynb #79b82922
 def check_parts(config, clips, processes):
     "ConfigError where a step has fewer clips than parts."
     parts, fewest = processes * config.accumulate, min(map(len, epoch_batches(range(clips), config.batch_size, 0, 0)))
@@ -474,7 +477,7 @@ def check_parts(config, clips, processes):
         raise ConfigError(f"a step of {fewest} clips can't be cut into {parts} parts ({processes} processes × accumulate {config.accumulate}): "
                           "use a larger batch_size, or fewer parts")  # fmt: skip
 
-# %% ../nbs/10_train.ipynb #4e3dc75f
+# %% ../nbs/10_train.ipynb #bcf9875f
 @contextmanager
 def training_mode(t: Training):
     "The network as it is trained: batch norm on its batch unless frozen, features compiled if wanted. Afterwards as it was written."
@@ -487,7 +490,7 @@ def training_mode(t: Training):
     finally:
         vars(t.net).pop("features", None)
 
-# %% ../nbs/10_train.ipynb #2ba88fd3
+# %% ../nbs/10_train.ipynb #7a04c9c2
 def part_step(t: Training, part, x, y, share: float) -> tuple:  # (names, sums (terms,) float64)
     "Forward and backward of one part, its gradient times `share`; right answers and loss terms, summed over its clips."
     terms = t.loss(x, y)
@@ -495,7 +498,7 @@ def part_step(t: Training, part, x, y, share: float) -> tuple:  # (names, sums (
     right = (terms.pop("logits").argmax(1) == y).sum()
     return ["right", *terms], torch.stack([right.double(), *(v.detach().double() * len(part) for v in terms.values())])
 
-
+# %% ../nbs/10_train.ipynb #a65708ac
 def backward(t: Training, indices, ready=None) -> tuple:  # (names, sums (terms,) float64 over all clips of the step)
     "The gradient of a step, part by part, the same in every process."
     a = t.accelerator
@@ -512,17 +515,17 @@ def backward(t: Training, indices, ready=None) -> tuple:  # (names, sums (terms,
         torch.distributed.all_reduce(total)
     return names, total
 
-
+# %% ../nbs/10_train.ipynb #bf76500d
 def own_parts(t: Training, indices) -> list:
     "This process's parts of a step."
     return step_parts(indices, t.accelerator.num_processes, t.config.accumulate)[t.accelerator.process_index]
 
-
+# %% ../nbs/10_train.ipynb #5db6ef0b
 def variants(t: Training) -> dict:
     "What store.batch is told about random variants: they are drawn by seed, epoch and clip, so a resumed run draws the same."
     return dict(augment=t.config.augment, seed=(t.config.seed, t.epoch)) if t.config.augment else {}
 
-# %% ../nbs/10_train.ipynb #5d5603c1
+# %% ../nbs/10_train.ipynb #a36d7b8d
 @contextmanager
 def made_ahead(t: Training, steps):
     "An iterator over this process's batches of some steps, or None where each is made when it is needed."
@@ -537,7 +540,7 @@ def made_ahead(t: Training, steps):
     finally:
         ready.close()
 
-# %% ../nbs/10_train.ipynb #cffb39b8
+# %% ../nbs/10_train.ipynb #c2717346
 def gradient_norm(t: Training) -> torch.Tensor:
     "Norm of the gradient (before it is clipped, if it is to be)."
     if t.accelerator.scaler is not None:
@@ -548,7 +551,7 @@ def gradient_norm(t: Training) -> torch.Tensor:
         torch.nn.utils.clip_grads_with_norm_(trained, t.config.clip_grad, norm, foreach=True)
     return norm
 
-
+# %% ../nbs/10_train.ipynb #7660bd9f
 def update(t: Training):
     "Move the weights, and their average."
     scaler = t.accelerator.scaler
@@ -561,10 +564,10 @@ def update(t: Training):
         steps = len(epoch_batches(t.train, t.config.batch_size, 0, 0))
         follow(t.average, t.net, moving_decay(t.config.ema, t.epoch * steps + t.step))
 
-# %% ../nbs/10_train.ipynb #ae39cbb5
+# %% ../nbs/10_train.ipynb #acce4616
 PATIENCE = 30  # steps that fp16 may leave out in a row
 
-
+# %% ../nbs/10_train.ipynb #4d9ad236
 def note(t: Training, indices, names, sums, norm, pressed=False):
     "Keep the numbers of a step; look at them at once on the CPU, one step later on a GPU."
     values = torch.cat([torch.stack([norm.double(), torch.tensor(float(bool(pressed)), device=norm.device).double()]), sums])
@@ -578,7 +581,7 @@ def note(t: Training, indices, names, sums, norm, pressed=False):
     t.noted.append((t.step + 1, indices, names, values, event))
     settle(t, keep=int(event is not None))
 
-
+# %% ../nbs/10_train.ipynb #403daee7
 def settle(t: Training, keep: int = 0):
     "Look at the noted numbers, but for the last `keep`. FloatingPointError names the clips where one isn't finite."
     while len(t.noted) > keep:
@@ -591,7 +594,7 @@ def settle(t: Training, keep: int = 0):
         for key, value in zip(["clips", *names], [len(indices), *sums]):
             t.sums[key] = t.sums.get(key, 0.0) + value
 
-# %% ../nbs/10_train.ipynb #283eefc7
+# %% ../nbs/10_train.ipynb #6601320d
 def check_finite(t, step, indices, names, values, norm):
     "FloatingPointError with the names of the step's clips, if a number of the step isn't finite."
     overflow = t.accelerator.scaler is not None and not math.isfinite(norm)
@@ -605,7 +608,7 @@ def check_finite(t, step, indices, names, values, norm):
         f"epoch {t.epoch + 1}, step {step}: not a finite number ({found}). The last checkpoint is untouched. Clips of this step: "
         f"{', '.join(str(t.store.names[i]) for i in indices)}. A lower lr helps if the clips are in order.")  # fmt: skip
 
-
+# %% ../nbs/10_train.ipynb #c91f7cc3
 def train_step(
     t: Training,
     indices,  # clips of this step
@@ -620,18 +623,18 @@ def train_step(
         update(t)
     t.step += 1
 
-# %% ../nbs/10_train.ipynb #02dae30e
+# %% ../nbs/10_train.ipynb #38e27d8f
 class OutOfMemory(RuntimeError):
     "A step didn't fit; the message says what to change."
 
-
+# %% ../nbs/10_train.ipynb #dd7aac28
 def is_out_of_memory(error) -> bool:
     "Whether an exception says that memory ran out, on a GPU or not."
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or bool(
         isinstance(error, RuntimeError) and any(words in str(error).lower() for words in ("out of memory", "can't allocate memory"))
     )
 
-
+# %% ../nbs/10_train.ipynb #45fc86af
 @contextmanager
 def memory_advice(t: Training, at_once: int):
     "OutOfMemory with the setting to change, where memory runs out; other errors pass."
@@ -647,7 +650,7 @@ def memory_advice(t: Training, at_once: int):
         raise OutOfMemory(f"epoch {t.epoch + 1}, step {t.step + 1}: out of memory with {at_once} clips of {c.length} frames at a time. "
                           f"The last checkpoint is untouched. Go on with {', or '.join(advice)}.") from e  # fmt: skip
 
-# %% ../nbs/10_train.ipynb #00e554e6
+# %% ../nbs/10_train.ipynb #ff10008d
 def end_epoch(t: Training) -> dict:
     "Close the epoch: its line of the history, with validation and test accuracy where asked for."
     settle(t)
@@ -666,13 +669,13 @@ def end_epoch(t: Training) -> dict:
         keep_if_best(t, line)
     return line
 
-
+# %% ../nbs/10_train.ipynb #4694190f
 def cross_entropy(scores: Scores) -> float:
     "Mean −log p of the true class."
     p = scores.probabilities[np.arange(len(scores)), scores.labels].astype(np.float64)
     return float(-np.log(np.maximum(p, np.finfo(np.float32).tiny)).mean())
 
-# %% ../nbs/10_train.ipynb #79668561
+# %% ../nbs/10_train.ipynb #b6fd7c9b
 def keep_if_best(t: Training, line):
     "Write best/ if this epoch is better on the validation clips than all before."
     value = line["val_top1"] if t.config.keep_best == "accuracy" else -line["val_ce"]
@@ -682,7 +685,7 @@ def keep_if_best(t: Training, line):
     header = {**t.header, "epoch": t.epoch, "val_top1": line["val_top1"], "val_ce": line["val_ce"]}
     in_first(t.accelerator, lambda: save_checkpoint(t.config.run_folder / "best", t.evaluated, header) and None)
 
-
+# %% ../nbs/10_train.ipynb #0b5c0b52
 @torch.no_grad()
 def dynamic_statistics(
     t: Training,
@@ -694,7 +697,7 @@ def dynamic_statistics(
     table = pd.DataFrame(adjacency_statistics(net, features.dynamic, features.present))
     return {"g_ratio": float(table["ratio"].mean()), "g_spread": float(table["spread"].mean())}
 
-# %% ../nbs/10_train.ipynb #59a8eac0
+# %% ../nbs/10_train.ipynb #97fbc0ca
 @contextmanager
 def held_interrupt(patient: bool = False):
     "Collect the first Ctrl-C or SIGTERM in the list that is given out; KeyboardInterrupt at a second Ctrl-C, unless patient. Main thread only, else nothing is held."
@@ -715,7 +718,7 @@ def held_interrupt(patient: bool = False):
         for s, handler in before.items():
             signal.signal(s, handler)
 
-# %% ../nbs/10_train.ipynb #55e1942c
+# %% ../nbs/10_train.ipynb #3d8a1c97
 class Clock:
     "Adds the seconds since it was last read to a training."
 
@@ -726,14 +729,14 @@ class Clock:
         now = time.perf_counter()
         self.t.seconds, self.since = self.t.seconds + now - self.since, now
 
-
+# %% ../nbs/10_train.ipynb #ea8995ec
 def show_means(t, bar):
     "The epoch's means so far, on the progress bar."
     if t.sums.get("clips"):
         means = {k: f"{v / t.sums['clips']:.3f}" for k, v in t.sums.items() if k not in ("clips", "right", "left_out")}
         bar.set_postfix(epoch=t.epoch + 1, **means, top1=f"{100 * t.sums['right'] / t.sums['clips']:.1f}", refresh=False)
 
-
+# %% ../nbs/10_train.ipynb #0be9115e
 def train_epoch(t: Training, bar, pressed, clock):
     "The steps of an epoch that are left. KeyboardInterrupt, after a checkpoint, if a process was asked to stop."
     c = t.config
@@ -746,7 +749,7 @@ def train_epoch(t: Training, bar, pressed, clock):
             show_means(t, bar)
             after_step(t, len(batches), pressed, clock)
 
-
+# %% ../nbs/10_train.ipynb #789d10ff
 def after_step(t: Training, steps: int, pressed, clock):
     "Save if it is time to. KeyboardInterrupt, after a checkpoint, if a process was asked to stop."
     c = t.config
@@ -758,7 +761,7 @@ def after_step(t: Training, steps: int, pressed, clock):
         raise KeyboardInterrupt(f"stopped in epoch {t.epoch + 1} of {c.epochs}, nothing is lost: call run(config) again, or "
                                 f"`stf train {c.run_folder}`, to go on")  # fmt: skip
 
-# %% ../nbs/10_train.ipynb #f2f680b0
+# %% ../nbs/10_train.ipynb #a2b616a5
 def train_epochs(
     t: Training,
     progress: bool = True,  # show a bar with the loss terms
@@ -784,7 +787,7 @@ def train_epochs(
                 if key != "epoch":
                     board.add_scalar(key, value, line["epoch"])
 
-# %% ../nbs/10_train.ipynb #6016e768
+# %% ../nbs/10_train.ipynb #ca9cd2c6
 @dataclass
 class Run:
     "A finished training."
@@ -817,7 +820,7 @@ class Run:
         "The trained network."
         return load_checkpoint(self.folder / "best" if best else self.folder, device)[0]
 
-# %% ../nbs/10_train.ipynb #6e59557d
+# %% ../nbs/10_train.ipynb #a62e804b
 @contextmanager
 def only_one(
     folder,  # created if needed
@@ -840,7 +843,7 @@ def only_one(
         finally:
             _unlock(f)
 
-
+# %% ../nbs/10_train.ipynb #c791ae9d
 def _lock(f):
     try:
         if fcntl:
@@ -852,7 +855,7 @@ def _lock(f):
     except OSError:
         return False
 
-
+# %% ../nbs/10_train.ipynb #ffae9e59
 def _unlock(f):
     if fcntl:
         fcntl.flock(f, fcntl.LOCK_UN)
@@ -860,16 +863,16 @@ def _unlock(f):
         f.seek(0)
         msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK, 1)
 
-# %% ../nbs/10_train.ipynb #32978965
+# %% ../nbs/10_train.ipynb #f749f963
 FITTING = ("accumulate", "precision", "compile")  # may be changed on the way, to make it fit
 
-
+# %% ../nbs/10_train.ipynb #d10ef986
 def same_config(a: Config, b: Config) -> list:
     "Names of the values in which two configurations differ; on what device they run and where folders lie does not count."
     last = lambda config, name: Path(config.init).name if name == "init" and config.init else getattr(config, name)
     return [f.name for f in fields(Config) if f.name not in ("folder", "device", "data") and last(a, f.name) != last(b, f.name)]
 
-
+# %% ../nbs/10_train.ipynb #c2292a0f
 def claim(config, folder) -> dict:
     "The folder belongs to this configuration from now on, or ConfigError. Returns what was changed on the way, name → (before, now)."
     path = folder / "config.json"
@@ -884,7 +887,7 @@ def claim(config, folder) -> dict:
         write_json(path, json.loads(config.to_json()))
     return {k: (getattr(held, k), getattr(config, k)) for k in differ if begun}
 
-
+# %% ../nbs/10_train.ipynb #95f155dc
 def same_data(folder, store):
     "The run began with this very data (wherever it lies now), or ConfigError."
     held, now = folder / "data.json", {"clips": len(store.names), "checksum": getattr(store, "header", {}).get("checksum")}
@@ -892,13 +895,13 @@ def same_data(folder, store):
         raise ConfigError(f"{folder} holds a run on other data: the store has changed since. Choose another name or folder, or delete it")
     write_json(held, now)
 
-
+# %% ../nbs/10_train.ipynb #80b6634e
 def clean(folder):
     "Remove drafts that a killed process left."
     for draft in folder.glob("*.new"):
         shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink()
 
-
+# %% ../nbs/10_train.ipynb #f35fd216
 @contextmanager
 def own_randomness():
     "The global random generators are given back as they were."
@@ -906,7 +909,7 @@ def own_randomness():
     with torch.random.fork_rng(devices):
         yield
 
-# %% ../nbs/10_train.ipynb #5082d493
+# %% ../nbs/10_train.ipynb #4e001cec
 def run(
     config: Config,
     store=None,  # an open ClipStore; None: the one in config.data
@@ -933,20 +936,20 @@ def run(
                 train_and_record(begin(config, store, accelerator).load(), changed, progress)
         return Run.load(config.run_folder)
 
-
+# %% ../nbs/10_train.ipynb #ead573ae
 def take(held, config, wait):
     "Lock, clean and claim the run's folder."
     folder = held.enter_context(only_one(config.run_folder, wait))
     clean(folder)
     return claim(config, folder)
 
-
+# %% ../nbs/10_train.ipynb #168666aa
 def forget_accelerator(accelerator):
     "Leave the process as if nothing had been launched (notebook_launcher asks for that)."
     if accelerator.num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
 
-# %% ../nbs/10_train.ipynb #00c7dc0d
+# %% ../nbs/10_train.ipynb #724d0653
 def train_and_record(t: Training, changed: dict, progress: bool):
     "Train what is left, score the test clips, write the record."
     c, first = t.config, t.accelerator.is_main_process
@@ -967,7 +970,7 @@ def train_and_record(t: Training, changed: dict, progress: bool):
 
     in_first(t.accelerator, write)
 
-# %% ../nbs/10_train.ipynb #8dffc524
+# %% ../nbs/10_train.ipynb #d15511e2
 @dataclass
 class Ensemble:
     "The trainings of one recipe, and STF: the average of M4 and the L_e network."
@@ -976,7 +979,7 @@ class Ensemble:
     scores: Scores  # averaged probabilities of M4 and Le
     top1: float  # per cent
 
-
+# %% ../nbs/10_train.ipynb #d383ce40
 def run_stf(
     config: Config,  # of the baseline; stf_lr, stf_epochs, stf_milestones and λ are the second stage's
     store=None,  # an open ClipStore; None: the one in config.data

@@ -322,18 +322,28 @@ def test_errors_before_training(tmp_path, monkeypatch):
         run(tiny(tmp_path / "z"), TinyStore(), progress=False)
 
 
+VARIANTS = {
+    "accumulate": dict(accumulate=2),
+    "ema": dict(ema=0.9),
+    "bf16": dict(precision="bf16"),
+    "all": dict(model="stf", losses="ed", accumulate=2, ema=0.9, precision="bf16", clip_grad=1.0, schedule="cosine", warmup=1, control="random"),
+}
+
+
 SERVER = """
-    import os, sys
+    import json, os, shutil, sys
     sys.path[:0] = [{tests!r}, {root!r}]
     import torch; torch.set_num_threads(1)
     from pathlib import Path
     import test_train as t
     for line in sys.stdin:
-        folder, save_every = line.split()
+        folder, changes, kill_at = json.loads(line)
         pid = os.fork()
         if pid == 0:
             try:
-                t.run(t.tiny(folder, save_every=int(save_every)), t.TinyStore(), progress=False)
+                if kill_at:
+                    t.die_at(kill_at)
+                t.run(t.tiny(folder, **changes), t.TinyStore(), progress=False)
                 os._exit(0)
             except BaseException as e:
                 print(repr(e), file=sys.stderr)
@@ -343,18 +353,34 @@ SERVER = """
 """
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork to start processes quickly")
-@pytest.mark.parametrize("save_every", [0, 1])
-def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, whole, save_every):
+def die_at(n):
+    "Kill this process before the n-th time that something reaches the disk or gets its name."
+    calls = []
+
+    def counted(real):
+        def call(*args, **options):
+            calls.append(real)
+            if len(calls) == n:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **options)
+
+        return call
+
+    for module, name in [(os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "unlink")]:
+        setattr(module, name, counted(getattr(module, name)))
+
+
+@pytest.fixture
+def child():
+    "Starts a run in a process of its own, kills it after a delay or at some write (or lets it end); (exit status, seconds)."
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork to start processes quickly")
     here = Path(__file__).resolve().parent
     code = textwrap.dedent(SERVER).format(tests=str(here), root=str(here.parent))
     server = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    rng, kills, finished = np.random.default_rng(save_every), 0, 0
 
-    def child(folder, delay=None):
-        "Start a run, kill it after a delay (or let it end); its exit status."
-        server.stdin.write(f"{folder} {save_every}\n"), server.stdin.flush()
+    def start(folder, changes, delay=None, kill_at=0):
+        server.stdin.write(json.dumps([str(folder), changes, kill_at]) + "\n"), server.stdin.flush()
         pid, started = int(server.stdout.readline()), time.perf_counter()
         if delay is not None:
             time.sleep(delay)
@@ -365,36 +391,60 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, who
         status = int(server.stdout.readline())
         return status, time.perf_counter() - started
 
-    status, alone = child(tmp_path / "timed")
-    assert status == 0 and same(weights(tmp_path / "timed"), weights(whole.folder))
-    while kills < 14:  # twice, for both ways to save
+    yield start
+    server.stdin.close()
+    assert server.wait(timeout=20) == 0
+
+
+def is_whole(folder):
+    "A checkpoint, if there is one, can be read at any moment."
+    if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
+        load_checkpoint(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [dict(), dict(save_every=1), dict(save_every=1, validation=0.3, keep_best="ce", **VARIANTS["all"])], ids=["epochs", "steps", "all"])
+def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, child, changes):
+    rng, kills, finished = np.random.default_rng(len(changes)), 0, 0
+    status, alone = child(tmp_path / "timed", changes)
+    whole = Run.load(tmp_path / "timed")
+    assert status == 0
+    while kills < 14:
         folder, here_kills = tmp_path / f"r{finished}", 0
         while True:
             patient = here_kills > 5  # let it end, so that the ends are compared several times
-            status, took = child(folder, None if patient else rng.uniform(0.02, 0.6 * alone))
+            status, took = child(folder, changes, None if patient else rng.uniform(0.02, 0.6 * alone))
             if status == 0:
                 alone = min(alone, took)
                 break
             assert status == signal.SIGKILL, f"died of something else: status {status}"
             kills, here_kills = kills + 1, here_kills + 1
-            if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
-                load_checkpoint(folder)  # whole at any moment
+            is_whole(folder)
         finished += 1
         assert same(weights(folder), weights(whole.folder))
+        assert not changes.get("keep_best") or same(weights(folder / "best"), weights(whole.folder / "best"))
         pd.testing.assert_frame_equal(Run.load(folder).history, whole.history, check_exact=True)
-    server.stdin.close()
-    assert server.wait(timeout=20) == 0
+
+
+@pytest.mark.slow
+def test_killed_at_each_write_a_run_ends_with_the_same_weights(tmp_path, child):
+    changes = dict(epochs=2, milestones=[1], validation=0.3, keep_best="ce")
+    assert child(tmp_path / "whole", changes)[0] == 0
+    whole, moment = weights(tmp_path / "whole"), 0
+    while True:
+        moment, folder = moment + 1, tmp_path / f"r{moment}"
+        status, _ = child(folder, changes, kill_at=moment)
+        if status == 0:
+            break  # it made fewer writes than that
+        assert status == signal.SIGKILL
+        is_whole(folder)
+        assert child(folder, changes)[0] == 0
+        assert same(weights(folder), whole) and not list(folder.glob("*.new")), f"killed at write {moment}"
+        assert same(weights(folder / "best"), weights(tmp_path / "whole" / "best"))
+    assert moment > 20
 
 
 # ---- precision, parts, averages, schedules
-
-
-VARIANTS = {
-    "accumulate": dict(accumulate=2),
-    "ema": dict(ema=0.9),
-    "bf16": dict(precision="bf16"),
-    "all": dict(model="stf", losses="ed", accumulate=2, ema=0.9, precision="bf16", clip_grad=1.0, schedule="cosine", warmup=1, control="random"),
-}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
