@@ -553,6 +553,66 @@ def test_damaged_archives(tmp_path):
             list(open_clips(path))
 
 
+def packed(kind):
+    """Two recordings and clutter as an archive's bytes."""
+    files, out = {"S001C001P001R001A001.skeleton": TWO, "README.md": "hello", "a/S001C001P001R001A002.skeleton": TWO}, io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as z:
+            for name, text in files.items():
+                z.writestr(name, text)
+    else:
+        with tarfile.open(fileobj=out, mode=f"w:{kind}") as t:
+            for name, text in files.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(text)
+                t.addfile(info, io.BytesIO(text.encode()))
+    return out.getvalue()
+
+
+def fuzz_archives(folder, data):
+    """Whatever bytes an archive has: clips and ClipErrors, no crash, no other error."""
+    kind = data.draw(st.sampled_from(["zip", "", "gz", "xz"]))
+    (folder / "a.bin").write_bytes(mutations(packed(kind), data.draw))
+    path = folder / "a.bin"
+    if data.draw(st.booleans()):  # in a folder of archives
+        path = (folder / "in").mkdir() or folder / "in"
+        (folder / "a.bin").rename(path / ("a.zip" if kind == "zip" else "a.tar"))
+    try:
+        for clip in open_clips(path, errors="collect"):
+            check_clip(clip)
+    except ClipError as e:
+        assert str(e)
+
+
+@given(st.data())
+@settings(max_examples=100, **FUZZ)
+def test_fuzzed_archives(tmp_path_factory, data):
+    fuzz_archives(tmp_path_factory.mktemp("fuzz"), data)
+
+
+@pytest.mark.slow
+@given(st.data())
+@settings(max_examples=1500, **FUZZ)
+def test_fuzzed_archives_long(tmp_path_factory, data):
+    fuzz_archives(tmp_path_factory.mktemp("fuzz"), data)
+
+
+@given(st.data())
+@settings(max_examples=100, **FUZZ)
+def test_fuzzed_label_lists(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    listing = json.dumps({n: {"has_skeleton": True, "label": "yoga", "label_index": 399} for n in "ab"}).encode()
+    (folder / "a.json").write_text(json.dumps(KINETICS))
+    if data.draw(st.booleans()):
+        (folder / "x_label.json.gz").write_bytes(mutations(gzip.compress(listing), data.draw))
+    else:
+        (folder / "x_label.json").write_bytes(mutations(listing, data.draw))
+    try:
+        check_clip(open_clips(folder)[0])
+    except ClipError as e:
+        assert str(e)
+
+
 def test_damaged_member_of_a_zip_is_collected(tmp_path):
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as z:
