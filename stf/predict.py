@@ -7,7 +7,7 @@ __all__ = ['MOVIES', 'trace_rows', 'place_focus', 'CheckpointError', 'MismatchEr
            'text_bar', 'Prediction', 'Predictor', 'shipped_checkpoints', 'predict', 'predict_all', 'as_record',
            'write_json', 'write_csv', 'predict_command', 'Stream']
 
-# %% ../nbs/12_predict.ipynb #3bce8135
+# %% ../nbs/12_predict.ipynb #9d9ed451
 import csv as csv_format
 import json as json_format
 import os
@@ -27,6 +27,7 @@ from matplotlib import animation
 from tqdm.auto import tqdm
 from tyro.conf import Positional
 
+from .augment import TIMES, choose_frames
 from .batches import BODY_RULES, PRESETS, STREAMS, PackedClips, gather_rows, in_channels, make_batch, pack_clips
 from .clips import Clip, ClipError, open_clips
 from .focus import grad_cam, resample_focus
@@ -35,13 +36,14 @@ from .skeleton import SKELETONS, Skeleton
 from .stf_module import load_network
 from .train import ConfigError, find_checkpoint
 
-# %% ../nbs/12_predict.ipynb #9ab4f2a2
+# %% ../nbs/12_predict.ipynb #be261d7f
 def trace_rows(
     packed: PackedClips,  # N clips as rows
     preprocess: str,  # paper or msg3d
     length: int,  # T
     num_bodies: int,  # M
     bodies: str = "spread",  # which ones 'paper' chooses in 3D, as in make_batch
+    time: str = "repeat",  # as in make_batch; between two frames the nearer one counts
 ) -> np.ndarray:  # (N,M,T) int64: the row of `packed` that stands there, −1 where nobody does
     "Which body and frame of each clip a batch shows at each place: numbered rows, sent through the batch's own preparation."
     rows = gather_rows(packed, np.arange(len(packed)), torch.device("cpu"))
@@ -56,6 +58,8 @@ def trace_rows(
         dye[:, 1] = score.unique(return_inverse=True)[1] - number
     rows = replace(rows, visible=dye * here[:, None])
     options = {"bodies": bodies} if preprocess == "paper" else {}
+    if time != "repeat":
+        options["t"] = torch.from_numpy(choose_frames(packed.frames, length, time).nearest)
     _, dyed = PRESETS[preprocess](rows, packed.skeleton, length, num_bodies, **options)
     return dyed[..., 0].long().numpy() - 1
 
@@ -90,7 +94,7 @@ def _between(values, known, wanted):
     part = (wanted - known[low]) / np.maximum(known[high] - known[low], 1)
     return values[low] + np.clip(part, 0, 1)[:, None] * (values[high] - values[low])
 
-# %% ../nbs/12_predict.ipynb #bae1fe54
+# %% ../nbs/12_predict.ipynb #eb971f0a
 class CheckpointError(ConfigError):
     "A checkpoint that can't be asked, or not together with the others; the message names it and says why."
 
@@ -113,6 +117,7 @@ class Network:
     num_bodies: int  # M
     coordinates: int  # of a joint: 2 or 3
     bodies: str = "spread"  # which bodies are chosen, as in make_batch
+    time: str = "repeat"  # which frames are shown, as in make_batch
 
 
 def choose_device(device: str = "auto") -> torch.device:
@@ -126,7 +131,7 @@ def choose_device(device: str = "auto") -> torch.device:
         raise ConfigError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
     return chosen
 
-# %% ../nbs/12_predict.ipynb #67d58a64
+# %% ../nbs/12_predict.ipynb #b7cf3bc7
 def open_network(
     checkpoint,  # folder that holds weights.safetensors, or a run's folder
     device="cpu",
@@ -149,7 +154,8 @@ def open_network(
         raise CheckpointError(f"checkpoint {checkpoint}: can't be read ({e.strerror or e})") from None
     _check_header(checkpoint, header, net)
     return Network(str(checkpoint), net, [str(c) for c in header["classes"]], net.skeleton, header["stream"], header["preprocess"],
-                   header["length"], header["num_bodies"], _coordinates(header, net.skeleton), header.get("bodies", "spread"))  # fmt: skip
+                   header["length"], header["num_bodies"], _coordinates(header, net.skeleton), header.get("bodies", "spread"),
+                   header.get("time", "repeat"))  # fmt: skip
 
 
 def _coordinates(header, skeleton):
@@ -164,7 +170,7 @@ def _check_header(checkpoint, header, net):
 
     if missing := [key for key in ("classes", "stream", "preprocess", "length") if key not in header]:
         refuse(f"its header doesn't say its {', '.join(missing)}, so no input can be made for it: save it with save_network(folder, net, {missing[0]}=…)")
-    for key, known in (("stream", STREAMS), ("preprocess", tuple(PRESETS)), ("bodies", tuple(BODY_RULES))):
+    for key, known in (("stream", STREAMS), ("preprocess", tuple(PRESETS)), ("bodies", tuple(BODY_RULES)), ("time", TIMES)):
         if key in header and header[key] not in known:
             refuse(f"{key} {header[key]!r} is not known; known are {', '.join(known)}")
     if not isinstance(header["classes"], list) or len(header["classes"]) != header["num_classes"]:
@@ -309,7 +315,7 @@ def _check_clip(clip, network, where):
         raise MismatchError(where, "", f"its coordinates were preprocessed already (by {done!r}), but checkpoint {network.name} prepares raw ones itself "
                                        f"(by {network.preprocess!r}): give it the raw recording")  # fmt: skip
 
-# %% ../nbs/12_predict.ipynb #e894572f
+# %% ../nbs/12_predict.ipynb #3bca4371
 def _true_class(clip):
     "The class of a clip in words, as a store would call it."
     if clip.class_name is None and clip.label is not None:
@@ -385,7 +391,7 @@ class Predictor:
         packed, p, kept = pack_clips(clips, labels=[-1] * len(clips)), 0, []
         for n in self.networks:
             weight = next(n.net.parameters())
-            x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, self.device, weight.dtype, n.bodies)
+            x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, self.device, weight.dtype, n.bodies, n.time)
             f = n.net.features(x)
             p = p + n.net.head(f.last).double().softmax(1).cpu().numpy() / len(self.networks)
             kept.append((f.last, f.present) if focus else None)
@@ -396,7 +402,7 @@ class Predictor:
         "Focus of each clip for its chosen class, averaged over networks."
         total, traced = [0] * len(clips), {}
         for n, (last, present) in zip(self.networks, kept):
-            key = n.preprocess, n.length, n.num_bodies, n.bodies
+            key = n.preprocess, n.length, n.num_bodies, n.bodies, n.time
             if key not in traced:
                 traced[key] = trace_rows(packed, *key)
             q = grad_cam(last, n.net.head, torch.from_numpy(chosen).to(self.device), present=present)
@@ -596,7 +602,7 @@ def _write_movie(prediction, path, movie):
     except OSError as e:
         raise ConfigError(f"{path} can't be written: {e.strerror or e}") from None
 
-# %% ../nbs/12_predict.ipynb #a5fc9258
+# %% ../nbs/12_predict.ipynb #71084e25
 def _sentence(error):
     "A message in one line."
     return " ".join(str(error).partition(" Known are\n")[0].split())
@@ -607,6 +613,35 @@ def _open_recordings(path, kind, skeleton, labels, ask):
         raise ConfigError(f"--skeleton {skeleton!r} is not known; known are checkpoint (its own), {', '.join(SKELETONS)}")
     body = ask.skeleton if skeleton == "checkpoint" else SKELETONS.get(skeleton)
     return open_clips(path, kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
+
+
+class _Chain:
+    "Recordings of several places, one after the other."
+
+    def __init__(self, parts):
+        self.at = [(part, i) for part in parts for i in range(len(part))]
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getitem__(self, i):
+        part, k = self.at[i]
+        return part[k]
+
+    def where(self, i):
+        part, k = self.at[i]
+        return part.where(k)
+
+
+def _open_all(paths, opener):
+    "(recordings of all paths, a ClipError for each path that holds none)."
+    opened, refused = [], []
+    for path in paths:
+        try:
+            opened.append(opener(path))
+        except ClipError as e:
+            refused.append(e)
+    return opened[0] if len(opened) == 1 else _Chain(opened), refused
 
 
 def _show(text):
@@ -650,7 +685,7 @@ def _summary(records, failed):
     right = f"; {sum(known)} of {len(known)} with a known label are right ({100 * sum(known) / len(known):.1f} %)" if known else ""
     return f"{len(records):,} answered, {len(failed):,} failed{right}"
 
-# %% ../nbs/12_predict.ipynb #8beb07a3
+# %% ../nbs/12_predict.ipynb #902e82d0
 def predict_command(
     path: Positional[str],
     checkpoint: tuple[str, ...] = (),
@@ -664,6 +699,7 @@ def predict_command(
     skeleton: str = "",
     kind: Literal["auto", "ntu", "ucla", "kinetics", "plain"] = "auto",
     labels: str = "",
+    more: Positional[tuple[str, ...]] = (),
 ):
     """What is being done in recordings: a table, JSON, CSV, animations with focus.
 
@@ -671,6 +707,7 @@ def predict_command(
 
     Args:
         path: a file, folder or archive: NTU .skeleton, Kinetics or NW-UCLA .json, plain .npz, or the arrays of other projects (.npz, .npy, .pkl)
+        more: further files, folders and archives
         checkpoint: folders of trained networks; the probabilities of several are averaged. Default: the small synthetic ones of the checkout
         top: so many classes for each recording; default 5, and one line for each if there are more than ten
         json: write everything to this file, - for the terminal
@@ -684,7 +721,7 @@ def predict_command(
         labels: label list (Kinetics) or label file (.npy); default: looked for beside the input
     """
     try:
-        code = _predict_command(path, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels)
+        code = _predict_command((path, *more), checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels)
     except (ConfigError, ClipError) as e:
         print(f"stf predict: {_sentence(e)}", file=sys.stderr)
         code = 2
@@ -692,7 +729,7 @@ def predict_command(
         raise SystemExit(code)
 
 
-def _predict_command(path, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels):
+def _predict_command(paths, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels):
     "The work of predict_command; the exit code."
     for what, value, least in (("top", top, 0), ("batch-size", batch_size, 1)):
         if value < least:
@@ -702,23 +739,23 @@ def _predict_command(path, checkpoint, top, json, csv, animate, movie, batch_siz
             _check_output(file, what)
     if json == csv == "-":
         raise ConfigError("--json - and --csv - can't both go to the terminal; give one of them a file")
-    if not Path(path).exists():
-        raise ConfigError(f"{path}: no such file or folder")
+    if gone := [p for p in paths if not Path(p).exists()]:
+        raise ConfigError(f"{gone[0]}: no such file or folder" + (f" (and {len(gone) - 1} others)" if len(gone) > 1 else ""))
     if animate:
         _check_movie(animate, movie, 1)
     if not checkpoint and (shipped := shipped_checkpoints()):
         print(f"no --checkpoint given: asking {' and '.join(Path(c).name for c in shipped)}, which know 20 actions of synthetic people", file=sys.stderr)
     ask = _predictor(checkpoint, device)
-    try:
-        clips = _open_recordings(path, kind, skeleton, labels, ask)
-    except ClipError as e:
-        damaged = Path(path).is_file() and Path(path).suffix.lower() in _RECORDINGS
-        print(f"stf predict: {_sentence(e)}", file=sys.stderr)
-        return 1 if damaged else 2
+    clips, refused = _open_all(paths, lambda p: _open_recordings(p, kind, skeleton, labels, ask))
+    if not len(clips):
+        for e in refused:
+            print(f"stf predict: {_sentence(e)}", file=sys.stderr)
+        return max(1 if Path(p).is_file() and Path(p).suffix.lower() in _RECORDINGS else 2 for p in paths)
     if animate:
         _check_movie(animate, movie, len(clips))
     show = "-" not in (json, csv)
     records, failed = _answer(ask, clips, show, top, bool(animate or json), animate, movie, batch_size)
+    failed = refused + failed
     if failed and not records and all(isinstance(e, MismatchError) for e in failed):
         others = f" (and so for {len(failed) - 1:,} others)" if len(failed) > 1 else ""
         raise ConfigError(f"{_sentence(failed[0])}{others}")
@@ -726,16 +763,16 @@ def _predict_command(path, checkpoint, top, json, csv, animate, movie, batch_siz
         write_json(json, ask, records, failed)
     if csv:
         write_csv(csv, ask, records, failed)
-    if len(clips) > 1:
+    if len(clips) + len(refused) > 1:
         print(_summary(records, failed), file=sys.stdout if show else sys.stderr)
     for e in failed:
-        print(f"stf predict: {_sentence(e)}" if len(clips) == 1 else f"  failed: {_sentence(e)}", file=sys.stderr)
+        print(f"stf predict: {_sentence(e)}" if len(clips) + len(refused) == 1 else f"  failed: {_sentence(e)}", file=sys.stderr)
     return 1 if failed else 0
 
 
 _RECORDINGS = (".skeleton", ".json", ".npz", ".npy", ".pkl", ".pickle", ".zip", ".tar", ".gz", ".xz", ".bz2", ".tgz")
 
-# %% ../nbs/12_predict.ipynb #e6899799
+# %% ../nbs/12_predict.ipynb #69fdaf0c
 class Stream:
     """Predictions for frames as they come: a sliding window over the last ones.
 

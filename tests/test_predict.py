@@ -370,6 +370,17 @@ def test_wrong_input_gets_one_sentence_and_its_exit_code(wrong, capsys, what):
     assert sorted(Path().rglob("*")) == before  # nothing half done is left
 
 
+def test_several_paths(wrong, capsys):
+    """What a shell makes of *.skeleton: each is asked about, and one that holds no recording is named."""
+    code, out, err = command(capsys, "good.skeleton", (wrong["joint"],), more=("many", "notes.txt", "cut.skeleton"))
+    assert code == 1 and "9 answered, 2 failed" in out
+    assert [line.split()[1].rstrip(":") for line in err.splitlines()] == ["notes.txt", "./cut.skeleton"]
+    code, out, err = command(capsys, "good.skeleton", (wrong["joint"],), more=("nowhere",))
+    assert code == 2 and err == "stf predict: nowhere: no such file or folder\n" and out == ""
+    code, out, err = command(capsys, "notes.txt", (wrong["joint"],), more=("empty",))
+    assert code == 2 and err.count("no recordings found here") == 2
+
+
 def test_a_hundred_files_with_five_bad_ones(nets, raw, tmp_path, capsys, monkeypatch):
     """95 answers, 5 names, exit code 1; the good answers are those of the files alone."""
     monkeypatch.chdir(tmp_path)
