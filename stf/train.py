@@ -567,10 +567,11 @@ def update(t: Training):
 # %% ../nbs/10_train.ipynb #acce4616
 PATIENCE = 30  # steps that fp16 may leave out in a row
 
-# %% ../nbs/10_train.ipynb #4d9ad236
+# %% ../nbs/10_train.ipynb #14c6d2c6
 def note(t: Training, indices, names, sums, norm, pressed=False):
     "Keep the numbers of a step; look at them at once on the CPU, one step later on a GPU."
-    values = torch.cat([torch.stack([norm.double(), torch.tensor(float(bool(pressed)), device=norm.device).double()]), sums])
+    flag = torch.full((), float(bool(pressed)), dtype=torch.float64, device=norm.device)
+    values = torch.cat([torch.stack([norm.double(), flag]), sums])
     if t.accelerator.num_processes > 1:
         torch.distributed.all_reduce(values[1:2])
     event = None

@@ -15,6 +15,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from accelerate import notebook_launcher  # noqa: E402
 from test_train import TinyStore, same, tiny, weights  # noqa: E402
 
 from stf.stf_module import NETWORKS, STFNet  # noqa: E402
@@ -76,8 +77,9 @@ def program(folder):
 
 
 def launch(*args, **options):
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, *map(str, args)],
-                            env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **options)  # fmt: skip
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if args[0] != "notebook" else []
+    return subprocess.Popen([sys.executable, *launcher, __file__, *map(str, args)], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                            start_new_session=True, **options)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +206,13 @@ def test_ctrl_c_stops_two_processes_after_the_same_step(tmp_path):
     assert state["processes"] == 2 and 0 < state["epoch"] + state["step"] < 1000
 
 
+@pytest.mark.slow
+def test_started_from_a_notebook(tmp_path):
+    "After a training in the same kernel; accelerate's launcher refuses a process that still holds an accelerator."
+    assert launch("notebook", tmp_path).wait(timeout=200) == 0
+    assert Run.load(tmp_path / "r").record["environment"]["processes"] == 2
+
+
 def test_a_network_of_ones_own_is_trained_saved_and_resumed(tmp_path):
     "Entered in NETWORKS, nothing else."
 
@@ -229,6 +238,9 @@ if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
     if what == "program":
         program(where)
+    elif what == "notebook":
+        run(tiny(where / "before", epochs=1), TinyStore(), progress=False)
+        notebook_launcher(run, (tiny(where / "r", epochs=1), TinyStore(), False), num_processes=2)
     elif what == "long":
         run(long_run(where), TinyStore(), progress=False)
     else:
