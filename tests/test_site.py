@@ -64,7 +64,7 @@ def test_map_names_functions_that_exist(page):
 
 
 def test_map_has_every_equation_figure_and_table():
-    text = (NBS / "paper.md").read_text(encoding="utf-8")
+    text = (NBS / "paper.md").read_text(encoding="utf-8").replace("\u00a0", " ")
     wanted = [f"Eq. {i}" for i in range(1, 7)] + [f"Table {i}" for i in range(1, 6)]
     wanted += [f"Fig. {i}({p})" for i in (1, 2) for p in "abcd"] + ["Fig. 3"]
     missing = [w for w in wanted if f"\n| {w} |" not in text]
