@@ -96,7 +96,7 @@ class Look:
     def scales(self) -> int:
         return len(self.static)
 
-# %% ../nbs/12b_explorer.ipynb #c2828e7a
+# %% ../nbs/12b_explorer.ipynb #a8c05831
 @torch.inference_mode()
 def look_at(
     clip: Clip,
@@ -107,9 +107,9 @@ def look_at(
     "Ask about a clip and look inside. MismatchError if it is not for these networks."
     answer, n = ask([clip], about=about)[0], ask.networks[network]
     clip, packed = answer.clip, pack_clips([answer.clip], labels=[-1])
-    x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, ask.device, next(n.net.parameters()).dtype, n.bodies)
+    x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, ask.device, next(n.net.parameters()).dtype, n.bodies, n.time)
     features = n.net.features(x)
-    rows = trace_rows(packed, n.preprocess, n.length, n.num_bodies, n.bodies)[0]
+    rows = trace_rows(packed, n.preprocess, n.length, n.num_bodies, n.bodies, n.time)[0]
     at = place_bodies(rows, packed)
     home = lambda b: place_focus(resample_focus(b[0].float(), n.length).cpu().numpy(), rows, packed, 0, clip.present)
     dynamic = [_by_body(g[0].float().cpu().numpy(), at, len(clip.joints)) for g in features.dynamic]

@@ -251,3 +251,15 @@ def test_variants_are_the_same_on_cuda():
             here, there = make_batch(clips, **options).x, make_batch(clips, device="cuda", **options).x
             torch.testing.assert_close(here, there.cpu(), atol=1e-5, rtol=1e-5)
             assert torch.equal(here != 0, there.cpu() != 0)
+
+
+def test_prediction_traces_resized_clips_to_the_nearer_frame():
+    "A network trained on resized clips: its focus goes back to the frames that it was shown."
+    from stf.predict import trace_rows
+
+    packed = pack_clips([clip(1, 1, 10, gaps=False), clip(2, 1, 40, gaps=False)])
+    for preprocess in ("paper", "msg3d"):
+        rows = trace_rows(packed, preprocess, 20, 1, time="resize")
+        assert rows[:, 0].tolist() == [
+            choose_frames([10], 20, "resize").nearest[0].tolist(), (10 + choose_frames([40], 20, "resize").nearest[0]).tolist()
+        ]  # fmt: skip
