@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'NETWORKS', 'Beta', 'time_cells', 'Alpha', 'STFModule', 'STFNet', 'adjacency_statistics', 'network_name',
            'network_class', 'save_network', 'read_header', 'load_network']
 
-# %% ../nbs/06_stf_module.ipynb #8d1ed971
+# %% ../nbs/06_stf_module.ipynb #d410c408
 import json
 from dataclasses import asdict
 from functools import lru_cache
@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .backbone import MSG3D, ChannelMix, apply_layer, as_maps, as_rows, conv_weights, norm_relu, normalise
+from .backbone import MSG3D, ChannelMix, apply_layer, as_maps, as_rows, conv_weights, fold_into, norm_relu, normalise
 from .skeleton import Skeleton
 
-# %% ../nbs/06_stf_module.ipynb #fefd9bfe
+# %% ../nbs/06_stf_module.ipynb #53fdb761
 class Beta(nn.Module):
     "β: features (B,C,T,V) → embedding (B,T,V) in 0..1 (Fig. 2d)."
 
@@ -34,6 +34,10 @@ class Beta(nn.Module):
             nn.Conv2d(hidden, hidden, (3, 1), padding=(1, 0)), nn.BatchNorm2d(hidden),
             nn.Conv2d(hidden, 1, 1),
         ])  # fmt: skip
+
+    def fold(self):
+        for i in (0, 2):
+            self.layers[i + 1] = fold_into(self.layers[i], self.layers[i + 1])
 
     def forward(self, x, running=False):
         x, (conv1, bn1, conv2, bn2, conv3) = as_rows(x), self.layers

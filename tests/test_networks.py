@@ -302,3 +302,185 @@ def test_bf16_autocast_gives_finite_float32_focus(net):
     terms["loss"].backward()
     assert terms["loss"].dtype == torch.float32
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
+
+
+# ---- the quick ways: the same function, the same gradients ----
+
+@pytest.fixture(scope="module")
+def public():
+    "The notebook's naive version, in the public code's order of operations."
+    import nbformat
+
+    import stf.backbone
+
+    space = dict(vars(stf.backbone), math=math)
+    for cell in nbformat.read(Path(__file__).parent.parent / "nbs" / "05_backbone.ipynb", 4).cells:
+        if cell.cell_type == "code" and cell.source.startswith(tuple(f"def public_{part}(" for part in ("gcn", "g3d", "bn", "tcn", "order"))):
+            exec(cell.source.split("\n\n\nfor ")[0], space)
+    return space["public_order"]
+
+
+def public_gradients(public, net, x, y, **sizes):
+    "Loss and gradients of the public order, those of branches joined as our network holds them."
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    leaves = {k: v.requires_grad_(v.is_floating_point() and "running" not in k) for k, v in state.items()}
+    loss = F.cross_entropy(public(leaves, x, net.skeleton.adjacency(), training=net.training, **sizes), y)
+    loss.backward()
+    twin = type(net)(net.num_classes, net.skeleton, net.in_channels, net.num_bodies, net.widths, net.gcn_scales, net.g3d_scales, net.windows)
+    twin.double().load_state_dict({k: v.grad if v.grad is not None else torch.zeros_like(v) for k, v in leaves.items()})
+    return loss.detach(), dict(twin.named_parameters())
+
+
+DOG = Skeleton("dog", ("nose", "neck", "hip", "tail"), ((0, 1), (2, 1), (3, 2)), centre=1, height=(0, 1, 2))
+
+
+@pytest.mark.parametrize("way", ["quick", "tiny pieces", "as on a GPU", "formulas"])
+@pytest.mark.parametrize("skeleton, T, M", [(DOG, 1, 1), (DOG, 2, 3), (DOG, 7, 2), (SKELETONS["openpose18"], 7, 1), (NTU, 13, 2)], ids=lambda a: getattr(a, "name", a))
+def test_gradients_of_the_public_order(public, monkeypatch, way, skeleton, T, M):
+    "All parameters, float64: a wrong tap, a lost edge of time, a mask that outlives its piece."
+    import stf.backbone as backbone
+
+    monkeypatch.setattr(backbone, "PIECE", 500 if way == "tiny pieces" else backbone.PIECE)
+    monkeypatch.setattr(backbone, "_quick", lambda x: way != "as on a GPU")
+    monkeypatch.setitem(backbone._SETTINGS, "formulas", way == "formulas")
+    torch.manual_seed(0)
+    sizes = dict(windows=(3, 5), gcn_scales=4, g3d_scales=3)
+    net = MSG3D(3, skeleton, 3, M, (12, 24, 48), **sizes).double().train()
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.add_(torch.randn_like(p), alpha=0.1 if "A_res" in name else 0.02)
+        for m in net.modules():
+            if hasattr(m, "A"):
+                m.A.copy_(m.A.float())  # as the public code rounds it
+    x, y = clips(3, 3, T, skeleton.num_joints, M, torch.float64), torch.tensor([0, 1, 2])
+    loss, wanted = public_gradients(public, net, x, y, **sizes)
+    ours = F.cross_entropy(net(x), y)
+    ours.backward()
+    assert abs(ours - loss) < 1e-9
+    scale = max(g.abs().max() for g in wanted.values())
+    for name, p in net.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name].data, rtol=1e-7, atol=1e-9 * float(scale.detach()), msg=lambda m: f"{name}: {m}")
+
+
+def test_running_statistics_move_once(net):
+    "A layer that runs a second time in the backward pass must not count a batch twice."
+    net.double().train()
+    x = clips(dtype=torch.float64)
+    with torch.no_grad():
+        import copy
+
+        twin = copy.deepcopy(net)
+        twin(x)
+    F.cross_entropy(net(x), torch.arange(4)).backward()
+    for (name, a), b in zip(net.named_buffers(), twin.buffers()):
+        torch.testing.assert_close(a, b, msg=lambda m: f"{name}: {m}")
+
+
+def test_maps_survive_the_backward_pass(net):
+    "In-place steps may not touch what a focus reads afterwards."
+    f = net.double().train().features(clips(dtype=torch.float64))
+    before = {k: v.detach().clone() for k, v in f.modules.items()}
+    F.cross_entropy(net.head(f.last), torch.arange(4)).backward(retain_graph=True)
+    module_focus(net, f, torch.arange(4))
+    F.cross_entropy(net.head(f.last), torch.arange(4)).backward()
+    assert all(torch.equal(f.modules[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivative_through_the_whole_network(net, training):
+    "Functions hand over to their formulas: twice differentiated, quick and plain agree, with G and without running statistics."
+    from stf.backbone import formulas
+
+    net.double().train(training)
+    x, y, seconds = clips(3, T=9, dtype=torch.float64), torch.arange(3), []
+    for plain in (False, True):
+        net.zero_grad()
+        x_ = x.clone().requires_grad_()
+        with formulas() if plain else torch.enable_grad():
+            loss = F.cross_entropy(net(x_), y)
+            g, = torch.autograd.grad(loss, x_, create_graph=True)
+            g.square().sum().backward()
+        seconds.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert seconds[0].keys() == seconds[1].keys()
+    for name in seconds[0]:
+        torch.testing.assert_close(seconds[0][name], seconds[1][name], rtol=1e-6, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+def test_frozen_parts(net):
+    "Only the last layer trains: no Function may ask for gradients that nobody has."
+    for name, p in net.named_parameters():
+        p.requires_grad_(name.startswith("fc."))
+    F.cross_entropy(net(clips()), torch.arange(4)).backward()
+    assert net.fc.weight.grad.abs().sum() > 0
+    for name, p in net.named_parameters():
+        p.requires_grad_("A_res" in name or name.startswith("fc."))
+    F.cross_entropy(net(clips()), torch.arange(4)).backward()
+    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_folded_network_is_the_same(net, dtype, tolerance):
+    from stf.backbone import fold_batch_norm
+
+    net, x = net.to(dtype).train(), clips(dtype=dtype)
+    with torch.no_grad():
+        for _ in range(3):
+            net(x)
+            for p in net.parameters():
+                p.add_(torch.randn_like(p), alpha=0.02)
+        before = net.eval()(x)
+        folded = fold_batch_norm(net)
+        assert (folded(x) - before).abs().max() < tolerance * max(1, float(before.abs().max()))
+        assert torch.equal(net(x), before)  # the original is as it was
+    focus, again = (module_focus(n, n.features(x), torch.arange(4)) for n in (folded, net))
+    assert all((focus[k] - again[k]).abs().max() < 1e3 * tolerance for k in focus)
+
+
+def test_bf16_autocast_is_close(net):
+    x = clips()
+    with torch.no_grad():
+        exact = net.eval()(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            f = net.features(x)
+            logits = net.head(f.last)
+    assert f.last.dtype == torch.bfloat16 and logits.isfinite().all()
+    assert (logits - exact).abs().max() < 0.05 * (1 + exact.abs().max())
+    net.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = F.cross_entropy(net(x).float(), torch.arange(4))
+    loss.backward()
+    rough = torch.cat([p.grad.flatten() for n, p in net.named_parameters() if not n.startswith("stf.")])
+    net.zero_grad()
+    F.cross_entropy(net(x), torch.arange(4)).backward()
+    fine = torch.cat([p.grad.flatten() for n, p in net.named_parameters() if not n.startswith("stf.")])
+    assert F.cosine_similarity(rough, fine, dim=0) > 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("term", ["ce", "e", "d", "c", "g"])
+def test_compiled_gradient_of_each_term(term):
+    "torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's."
+    import shutil
+
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+    torch.manual_seed(0)
+    net = STFNet(6, NTU, in_channels=4, **SMALL, windows=(3,)).train()
+    for module in net.stf:
+        torch.nn.init.normal_(module.alpha.mix_time.weight, std=0.05)
+    x, y, grads = clips(), torch.arange(4), []
+    weights = LossWeights(*(1.0 if k == term else 0.0 for k in "edcg"))
+    loss = STFLoss(net, weights, norm="rms")
+    eager_features = net.features
+    for compiled in (False, True):
+        net.zero_grad()
+        if compiled:
+            net.features = torch.compile(eager_features)
+        loss(x, y)[term].backward()
+        grads.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and grads[0]
+    size = max(g.abs().max() for g in grads[0].values())
+    assert size > 1e-6
+    for name in grads[0]:
+        difference = (grads[0][name] - grads[1][name]).abs().max()
+        assert difference <= 1e-4 * max(1.0, float(size)), f"{term}, {name}: {difference:.1e} of {size:.1e}"
