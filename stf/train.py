@@ -6,15 +6,16 @@
 __all__ = ['PATIENCE', 'FITTING', 'make_optimizer', 'epoch_batches', 'splits', 'step_parts', 'running_statistics',
            'first_part_only', 'put_back', 'moving_decay', 'follow', 'Training', 'training_state', 'random_state',
            'restore', 'restore_random', 'seed_epoch', 'make_accelerator', 'is_first_process', 'check_launch',
-           'leave_group', 'in_first', 'sendable', 'share_statistics', 'shared_scores', 'environment', 'git_commit',
-           'begin', 'begin_network', 'check_parts', 'training_mode', 'part_step', 'backward', 'own_parts', 'variants',
-           'made_ahead', 'gradient_norm', 'update', 'note', 'settle', 'check_finite', 'train_step', 'OutOfMemory',
-           'is_out_of_memory', 'memory_advice', 'end_epoch', 'cross_entropy', 'keep_if_best', 'dynamic_statistics',
-           'held_interrupt', 'Clock', 'show_means', 'train_epoch', 'after_step', 'train_epochs', 'Run', 'only_one',
-           'same_config', 'claim', 'same_data', 'clean', 'own_randomness', 'run', 'take', 'forget_accelerator',
-           'train_and_record', 'Ensemble', 'run_stf', 'CHOICES', 'Config', 'ConfigError', 'closest', 'learning_rate',
-           'preset', 'presets', 'second_stage', 'batch_options', 'build_network', 'find_checkpoint', 'import_msg3d',
-           'load_checkpoint', 'make_header', 'publish', 'save_checkpoint', 'start_from', 'write_json']
+           'end_with_launcher', 'leave_group', 'in_first', 'sendable', 'share_statistics', 'shared_scores',
+           'environment', 'git_commit', 'begin', 'begin_network', 'check_parts', 'training_mode', 'part_step',
+           'backward', 'own_parts', 'variants', 'made_ahead', 'gradient_norm', 'update', 'note', 'settle',
+           'check_finite', 'train_step', 'OutOfMemory', 'is_out_of_memory', 'memory_advice', 'end_epoch',
+           'cross_entropy', 'keep_if_best', 'dynamic_statistics', 'held_interrupt', 'Clock', 'show_means',
+           'train_epoch', 'after_step', 'train_epochs', 'Run', 'only_one', 'same_config', 'claim', 'same_data', 'clean',
+           'own_randomness', 'run', 'take', 'forget_accelerator', 'train_and_record', 'Ensemble', 'run_stf', 'CHOICES',
+           'Config', 'ConfigError', 'closest', 'learning_rate', 'preset', 'presets', 'second_stage', 'batch_options',
+           'build_network', 'find_checkpoint', 'import_msg3d', 'load_checkpoint', 'make_header', 'publish',
+           'save_checkpoint', 'start_from', 'write_json']
 
 # %% ../nbs/10_train.ipynb #a81dcd2f
 import atexit
@@ -270,10 +271,10 @@ def random_state(t: Training) -> dict:
     every = gather_object([mine]) if t.accelerator.num_processes > 1 else [mine]
     return {key + (f"/{p}" if p else ""): value for p, state in enumerate(every) for key, value in state.items()}
 
-# %% ../nbs/10_train.ipynb #9a179dc2
+# %% ../nbs/10_train.ipynb #dedafbce
 def restore(t: Training, folder) -> Training:
     "A training as a checkpoint describes it."
-    device = str(t.device)
+    device = "cpu" if t.device.type == "cpu" else str(t.device)  # a process group on the CPU says "cpu:0"
     t.evaluated.load_state_dict(load_file(folder / "weights.safetensors", device=device))
     tensors = load_file(folder / "state.safetensors", device=device)
     if t.average is not None:
@@ -306,7 +307,7 @@ def seed_epoch(t: Training):
     p = t.accelerator.process_index
     torch.manual_seed(int(np.random.SeedSequence([t.config.seed, t.epoch, *([p] if p else [])]).generate_state(1)[0]))
 
-# %% ../nbs/10_train.ipynb #3c11ae67
+# %% ../nbs/10_train.ipynb #a7e44068
 def make_accelerator(
     device: str = "auto",  # auto, cpu or cuda
     precision: str = "float32",  # float32, bf16 or fp16
@@ -320,6 +321,8 @@ def make_accelerator(
         raise ConfigError("precision='fp16' needs CUDA; on the CPU use bf16, which needs no loss scaler, or float32")
     AcceleratorState._reset_state(reset_partial_state=True)
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several:
+        end_with_launcher()
     accelerator = Accelerator(
         cpu=device == "cpu" or (several and not cuda), mixed_precision={"float32": "no"}.get(precision, precision),
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),  # parts are weighted by their clips, here
@@ -342,7 +345,20 @@ def check_launch():
         raise RuntimeError(f"several processes were announced (WORLD_SIZE={os.environ['WORLD_SIZE']}), but {', '.join(lacking)} is not set: "
                            "start them with torchrun or accelerate launch")  # fmt: skip
 
-# %% ../nbs/10_train.ipynb #947bed78
+# %% ../nbs/10_train.ipynb #0ce3a684
+@lru_cache(maxsize=1)
+def end_with_launcher():
+    "If the launcher is killed, end too: an orphan would wait for its peers for half an hour, and hold their folder and GPU."
+    launcher = os.getppid()
+
+    def watch():
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
 @atexit.register
 def leave_group():
     "Say goodbye to the other processes."

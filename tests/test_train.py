@@ -886,3 +886,40 @@ def test_golden_logits_of_the_public_network_come_through_the_import(tmp_path, r
     x = torch.as_tensor(np.random.RandomState(1032).standard_normal((2, 3, 32, 25, 2)))
     logits = load_checkpoint(tmp_path / "ours")[0].double()(x).detach().numpy()
     np.testing.assert_allclose(logits, json.loads(golden.read_text())["logits"], atol=2e-3)  # a checkpoint is float32
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_cuda_training_stops_and_goes_on(tmp_path, precision, clips, interruptible):
+    options = dict(device="cuda", precision=precision, model="stf", protocol="mine", ema=0.9, accumulate=2, epochs=3)
+    whole = run(tiny(tmp_path / "w", **options), clips, progress=False)
+    assert np.isfinite(whole.history["loss"]).all() and whole.record["environment"]["device"] != "cpu"
+    real, calls = train.train_step, []
+
+    def pressing(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "train_step", pressing)
+        run(tiny(tmp_path / "c", **options), clips, progress=False)
+    again = run(tiny(tmp_path / "c", **options), clips, progress=False)
+    pd.testing.assert_frame_equal(again.history, whole.history, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nan_on_cuda_names_the_clips_of_its_step(tmp_path, clips):
+    class Spoilt:
+        def __getattr__(self, name):
+            return getattr(clips, name)
+
+        def batch(self, indices, **options):
+            x, y = clips.batch(indices, **options)
+            return (x * float("nan") if 3 in indices else x), y
+
+    with pytest.raises(FloatingPointError, match=r"Clips of this step: .*\bc3\b"):
+        run(tiny(tmp_path / "n", device="cuda", protocol="mine"), Spoilt(), progress=False)
