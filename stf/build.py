@@ -118,7 +118,10 @@ def _same_body(a, b):
                 "a store holds one kind of body; build one store for each"
             )
 
-# %% ../nbs/03c_build.ipynb #2ebce204
+# %% ../nbs/03c_build.ipynb #0646bbc0
+_NO_LABEL = "has no label: set Clip.label to 0, 1, … or give a list of labels (to classify clips without labels, no store is needed)"
+
+
 def _sort_out(items, skip):
     "Clips that are kept, and the names skipped and the files refused, of Clips and ClipErrors."
     kept, skipped, refused = [], [], []
@@ -130,6 +133,8 @@ def _sort_out(items, skip):
             skipped.append(Path(name).stem if isinstance(item, ClipError) else name)
         elif isinstance(item, ClipError):
             refused.append({k: str(getattr(item, k)) for k in ("path", "place", "reason")})
+        elif item.label is None:
+            refused.append({"path": name, "place": "label", "reason": _NO_LABEL})
         else:
             kept.append(item)
     return kept, skipped, refused
@@ -224,11 +229,9 @@ class SetChecks:
             raise StoreError(f"class name {name!r} belongs to labels {labels}: names must differ")
         return table
 
-# %% ../nbs/03c_build.ipynb #95378292
+# %% ../nbs/03c_build.ipynb #7ed1162b
 def _check_class(given, seen, clip, label, name):
     "A clip's label and class name agree with the given list of classes, or with the clips seen so far; StoreError otherwise."
-    if label is None:
-        raise StoreError(f"clip {clip!r} has no label; set Clip.label to 0, 1, … (to classify clips without labels, no store is needed)")
     if given is None:
         known, by = seen.setdefault(label, (name, clip))
         if known != name:
@@ -587,13 +590,13 @@ def _checked(shards, checks, strict, progress, total):
                 bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
     return paths
 
-# %% ../nbs/03c_build.ipynb #70a86a7d
+# %% ../nbs/03c_build.ipynb #f85d531d
 def _why_none(paths):
     "Why a build has no clips, for its error message."
     metas = [load_shard(p, arrays=0)["meta"] for p in paths]
     refused, skipped = [r for m in metas for r in m["refused"]], sum(len(m["skipped"]) for m in metas)
     first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
-    return f" ({len(refused)} could not be read, {skipped} were skipped{first})"
+    return f" ({len(refused)} refused, {skipped} skipped{first})"
 
 # %% ../nbs/03c_build.ipynb #a1610037
 class SimulatedClips:

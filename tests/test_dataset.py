@@ -534,13 +534,22 @@ def test_clips_that_do_not_fit_are_named(tmp_path):
     far = [clip(f"c{i}") for i in range(300)]  # the odd one in another shard than the first
     for clips, message in (
         ([clip("same"), clip("same")], "'same'"), (far + [clip("c0")], "'c0'"), ([clip("a"), other], "'a' and 'other'"),
-        (far + [other], "'c256' and 'other'"), ([clip("a", None)], "'a' has no label"), ([], "no clip to store"),
+        (far + [other], "'c256' and 'other'"), ([clip("a", None)], "a: label: has no label"), ([], "no clip to store"),
         ([clip("a", skeleton=FLAT, C=2), clip("b", skeleton=FLAT, C=3)], "coordinates"),
         ([Clip(np.ones((1, 1, 7, 3)), name="seven", label=0)], "'seven' has no skeleton"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):
             build(clips, tmp_path / "s")
         assert list(tmp_path.iterdir()) == []
+
+
+def test_a_clip_without_a_label_is_left_out_and_named(tmp_path):
+    """As a recording that a label list forgot: it costs itself, not the build."""
+    store = build([clip("a"), clip("forgotten", None), clip("b")], tmp_path / "s")
+    assert list(store.names) == ["a", "b"] and list(store.refused["path"]) == ["forgotten"]
+    assert "has no label" in store.refused["reason"][0]
+    with pytest.raises(ClipError, match="forgotten"):
+        build([clip("a"), clip("forgotten", None)], tmp_path / "t", strict=True)
 
 
 class Reader:
@@ -580,7 +589,7 @@ def test_bad_files_are_collected(tmp_path):
     ):  # a generator ends there: nothing may be lost in silence
         build(generator(), tmp_path / "t")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
-    with pytest.raises(StoreError, match="1 could not be read.*line 1: bad"):
+    with pytest.raises(StoreError, match="1 refused.*line 1: bad"):
         build([ClipError("b", "line 1", "bad")], tmp_path / "t")
 
 

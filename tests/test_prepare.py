@@ -69,7 +69,7 @@ def test_strict_and_nothing_readable_end_with_2(stf, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.skeleton").write_text("4\n")
     code, _, err = stf("prepare bad store")
-    assert code == 2 and "no clip to store (1 could not be read" in err
+    assert code == 2 and "no clip to store (1 refused" in err
     code, _, err = stf("prepare raw raw")
     assert code == 2 and "already exists" in err
 
