@@ -6,7 +6,7 @@
 __all__ = ['FILLS', 'STAGES', 'MEASURES', 'ranks', 'take_away', 'curve', 'motion_map', 'importance_maps', 'faithfulness', 'areas',
            'forget', 'randomisation_check', 'focus_measures', 'focus_records', 'focus_table', 'turned']
 
-# %% ../nbs/11d_faithfulness.ipynb #dc9760e2
+# %% ../nbs/11d_faithfulness.ipynb #be9faeb1
 import json
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .dataset import ClipStore
 from .evaluate import Scores, align
 from .experiments import ROWS, record_path, row_config
-from .focus import class_score, focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus, resample_focus
+from .focus import focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus, resample_focus
 from .statistics import paired_bootstrap
 from .train import Config, Run, build_network, splits, write_json
 
@@ -115,12 +115,12 @@ def faithfulness(
                 parts.setdefault((kind, name), []).append(curve(net, x, importance, kind == "insertion", fill, steps, seed))
     return {key: torch.cat(p).double().numpy() for key, p in parts.items()}
 
-# %% ../nbs/11d_faithfulness.ipynb #5858c75c
+# %% ../nbs/11d_faithfulness.ipynb #f0de7f9d
 def areas(
     curves: dict,  # from faithfulness
 ) -> pd.DataFrame:  # index: (curve, against); area of the focus and of the other, how far the focus is ahead (points), interval
     "Area under the curves in per cent, and the lead of the focus over motion and random, paired by clip, with its 95 % interval."
-    area = {key: np.trapezoid(c, axis=1) / (c.shape[1] - 1) if hasattr(np, "trapezoid") else np.trapz(c, axis=1) / (c.shape[1] - 1) for key, c in curves.items()}
+    area = {key: (c[:, 1:] + c[:, :-1]).mean(1) / 2 for key, c in curves.items()}
     rows = []
     for kind, sign in (("deletion", -1), ("insertion", 1)):
         for other in ("motion", "random"):
@@ -260,7 +260,7 @@ def focus_table(
     table.insert(0, "seeds", frame.groupby("row")["seed"].nunique())
     return table.reindex([row for row in ROWS if row in table.index])
 
-# %% ../nbs/11d_faithfulness.ipynb #b1d7fe79
+# %% ../nbs/11d_faithfulness.ipynb #77929402
 def turned(
     ours: Scores,
     baseline: Scores,

@@ -5,13 +5,11 @@
 # %% auto #0
 __all__ = ['differences', 'paired_bootstrap', 'verdict', 'mcnemar', 'holm', 'class_tests']
 
-# %% ../nbs/10b_statistics.ipynb #e060b72b
-import math
-
+# %% ../nbs/10b_statistics.ipynb #bf17efdc
 import numpy as np
 import pandas as pd
 
-from .evaluate import Scores, align
+from .evaluate import align
 
 # %% ../nbs/10b_statistics.ipynb #97b49598
 def differences(

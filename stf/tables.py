@@ -7,7 +7,7 @@ __all__ = ['PAPER_SETTINGS', 'METHODS', 'properties', 'table1', 'stream_config',
            'mean_top1', 'table2', 'table3', 'share_config', 'scarce', 'table4', 'scarce_gains', 'shift', 'shift_table',
            'figure3', 'TrainingSide', 'choose', 'operations']
 
-# %% ../nbs/11c_tables.ipynb #03c838cf
+# %% ../nbs/11c_tables.ipynb #0580f7b5
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .config import BENCHMARKS, Config, ConfigError
 from .dataset import ClipStore, validation_split
-from .experiments import STREAM_NAMES, TABLE5, Job, gains, make_records, paper_table, record_path, record_scores, row_config, row_jobs
+from .experiments import STREAM_NAMES, Job, gains, make_records, paper_table, record_path, record_scores, row_config, row_jobs
 from .skeleton import SKELETONS
 from .statistics import class_tests
 from .stf_module import NETWORKS
@@ -147,7 +147,7 @@ def table3(
     gain.index = [f"STF over MS-G3D ({r})" for r in gain.index]
     return pd.concat([paper, gain]).reindex(columns=[*paper.columns, *other_settings(gain, paper.columns)]).rename_axis("row")
 
-# %% ../nbs/11c_tables.ipynb #a1f07bae
+# %% ../nbs/11c_tables.ipynb #3c3c4563
 def share_config(
     config: Config,  # of the baseline
     share: float,  # of the training clips, 0 < share ≤ 1
@@ -171,7 +171,9 @@ def scarce(
     progress: bool = True,  # say what there is to do, and show bars
 ) -> list:  # records, with their `share`
     "Table 4: baseline and STF on a share of the training clips. Resumable, and safe to be called twice at once."
-    jobs = [job for seed in seeds for share in shares for job in row_jobs(share_config(config, share), rows, (seed,), results, "scarce", share=share, of=config.name)]
+    jobs = []
+    for seed, share in ((seed, share) for seed in seeds for share in shares):
+        jobs += row_jobs(share_config(config, share), rows, (seed,), results, "scarce", share=share, of=config.name)
     records = make_records(jobs, {config.data: store} if store is not None else None, progress)
     return [r for r in records if r["row"] in rows]
 
@@ -287,7 +289,7 @@ def choose(
             jobs.append(Job(record_path(results, "choice", config.name, f"{by}-{name}", seed), "choice", config.name, name, seed, one, facts={"by": by}))
     return make_records(jobs, {job.config.data: side for job in jobs}, progress)
 
-# %% ../nbs/11c_tables.ipynb #051d9164
+# %% ../nbs/11c_tables.ipynb #ce168707
 def operations(
     config: Config,  # of the baseline
     skeleton=None,  # Skeleton; None: NTU's

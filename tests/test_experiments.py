@@ -14,7 +14,7 @@ import torch
 
 from stf import cli, experiments
 from stf.evaluate import Scores, average
-from stf.experiments import (CONTRASTS, CONTROLS, READINGS, ROWS, TABLE5, ablation, gains, load_records, make_records, paper_table, record_path,
+from stf.experiments import (CONTRASTS, CONTROLS, READINGS, ROWS, TABLE5, ablation, gains, load_records, make_records, paper_table,
                              record_scores, row_config, row_jobs, table5, telling_clip, write_record)  # fmt: skip
 from stf.train import Config, ConfigError, Run
 from test_train import TinyStore, tiny
