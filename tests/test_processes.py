@@ -171,6 +171,20 @@ def long_run(folder):
     return tiny(folder, model="stf", losses="ed", batch_size=6, epochs=6, save_every=1, ema=0.9)
 
 
+def wait_for_saves(process, folder, n):
+    "Wait until a run has written n more checkpoints; False if it ends before."
+    written = lambda: {p.stat().st_mtime_ns for p in folder.glob("checkpoint/state.json")}
+    seen, count = written(), 0
+    while count < n and process.poll() is None:
+        try:
+            now = written()
+        except FileNotFoundError:  # just stepped aside
+            continue
+        count, seen = count + bool(now - seen), seen | now
+        time.sleep(0.01)
+    return process.poll() is None
+
+
 def kill_all(pid, rng):
     "Kill a launcher and its processes, or the launcher alone, whose processes must end by themselves."
     parent = psutil.Process(pid)
@@ -185,23 +199,18 @@ def kill_all(pid, rng):
 
 @pytest.mark.slow
 def test_two_processes_killed_at_random_moments_end_with_the_same_weights(tmp_path):
-    started = time.perf_counter()
     assert launch("long", tmp_path / "whole").wait(timeout=300) == 0
-    alone, rng, kills = time.perf_counter() - started, np.random.default_rng(0), 0
-    folder = tmp_path / "killed"
-    for attempt in range(8):
+    rng, kills, folder = np.random.default_rng(0), 0, tmp_path / "killed"
+    while True:
         process = launch("long", folder)
-        try:
-            process.wait(timeout=rng.uniform(0.5, 1.2) * alone if attempt < 7 else 300)
-        except subprocess.TimeoutExpired:
-            kill_all(process.pid, rng)
-            process.wait()
-            kills += 1
-            if (folder / "checkpoint").exists() or (folder / "checkpoint.old").exists():
-                load_checkpoint(folder)  # whole at any moment
-        else:
+        if kills == 4 or not wait_for_saves(process, folder, rng.integers(1, 5)):
             break
-    assert process.returncode == 0 and kills
+        time.sleep(rng.uniform(0, 0.2))
+        kill_all(process.pid, rng)
+        process.wait()
+        kills += 1
+        load_checkpoint(folder)  # whole at any moment
+    assert process.wait(timeout=300) == 0 and kills
     assert same(weights(folder), weights(tmp_path / "whole"))
     pd.testing.assert_frame_equal(Run.load(folder).history, Run.load(tmp_path / "whole").history, check_exact=True)
 
