@@ -316,7 +316,7 @@ def setup(app):
     app.connect("source-read", read_source)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
-    version = int(hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8], 16)  # another extension: read all pages anew
+    version = int(hashlib.sha256(Path(__file__).read_bytes() + (NBS / "_static" / "book.css").read_bytes()).hexdigest()[:8], 16)  # another extension or style: all pages anew
     return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": version}
 
 
