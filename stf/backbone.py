@@ -416,7 +416,7 @@ def transform_first(
     after = scales * nodes**2 * in_channels + nodes * scales * in_channels * out_channels
     return before < after
 
-# %% ../nbs/05_backbone.ipynb #0929b014
+# %% ../nbs/05_backbone.ipynb #e60ecd10
 def _along(x, kernel, window, stride):
     "Convolve x (B,U,T,E) along time, joints and scales as channels, with kernel (nodes,U,τ): (B,T',nodes,E)."
     return F.conv2d(x, kernel[..., None], stride=(stride, 1), padding=((window - 1) // 2, 0)).transpose(1, 2).contiguous()
@@ -436,7 +436,9 @@ def windows_aggregated(x, A, weight, window, stride):
     "The sum over joints first; the same in and out."
     B, T, V, C = x.shape
     K, p = weight.shape[1] // C, (window - 1) // 2
-    u = F.pad(x, (0, 0, 0, 0, p, p)).unfold(1, window, stride).permute(0, 1, 3, 4, 2).reshape(-1, window * V)  # B·T'·C,τV
+    padded = F.pad(x, (0, 0, 0, 0, p, p))
+    u = torch.stack([padded[:, j : j + T : stride] for j in range(window)], dim=2)  # B,T',τ,V,C
+    u = u.permute(0, 1, 4, 2, 3).reshape(-1, window * V)  # B·T'·C,τV
     M = A.view(K, window, V, window * V).permute(2, 1, 0, 3).reshape(-1, window * V)  # V·τ·K,τV
     y = (u @ M.t()).view(B, -1, C, V * window, K).permute(0, 1, 3, 4, 2)
     return mix(y.flatten(3), weight)
