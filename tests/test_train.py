@@ -448,7 +448,7 @@ def test_killed_at_each_write_a_run_ends_with_the_same_weights(tmp_path, child):
 # ---- precision, parts, averages, schedules
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in ("bf16", "all") else pytest.mark.slow) for n in VARIANTS])
 def test_every_variant_resumes_exactly(tmp_path, name, interruptible):
     class Pressing(TinyStore):
         calls = 0
