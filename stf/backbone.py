@@ -74,7 +74,8 @@ def mix_weight_grad(g, x):
     only = (False, True, False)  # no gradient of x, none of a bias
     return torch.ops.aten.convolution_backward(images(g), images(x), weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, only)[1][:, :, 0, 0]
 
-# %% ../nbs/05_backbone.ipynb #9546503a
+# %% ../nbs/05_backbone.ipynb #4b4c9fee
+PIECE = 4 << 20  # bytes of what is made in pieces: it should stay in a core's cache; much less isn't worth making again
 _SETTINGS = {"formulas": False, "record": None, "replay": None}
 
 
@@ -235,7 +236,7 @@ def norm_relu(bn, x, running=False, residual=None, relu=True):
     y = x if residual is None else x + residual
     return F.relu(y) if relu else y
 
-# %% ../nbs/05_backbone.ipynb #045fe7bf
+# %% ../nbs/05_backbone.ipynb #c9ff7e02
 class Remade(torch.autograd.Function):
     "layer(*inputs) that keeps its inputs alone; `tensors` are `count` inputs (or None), then the parameters that the layer uses."
 
@@ -257,10 +258,10 @@ class Remade(torch.autograd.Function):
         return None, None, *(next(grads) if need else None for need in needs)
 
 
-def remade(layer, inputs, modules):
-    "layer(*inputs), keeping the inputs alone where that can be done; its parameters and batch norms are those of `modules`."
+def remade(layer, inputs, modules, size):
+    "layer(*inputs), keeping the inputs alone where that can be done and pays (`size` bytes); its parameters and batch norms are those of `modules`."
     inside = [m for module in modules for m in module.modules()]
-    if _plain() or not torch.is_grad_enabled() or any(_own_way(m) for m in inside if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+    if _plain() or not torch.is_grad_enabled() or 2 * size < PIECE or any(_own_way(m) for m in inside if isinstance(m, nn.modules.batchnorm._BatchNorm)):
         return layer(*inputs)
     return Remade.apply(layer, len(inputs), *inputs, *(p for module in modules for p in module.parameters()))
 
@@ -284,10 +285,7 @@ def aggregate(x, A, G=None):
         y = torch.cat([y[:, :, :, :1], y[:, :, :, 1 : 1 + k] + moved.view(B, T, V, k, C), y[:, :, :, 1 + k :]], dim=3)
     return y.flatten(3)
 
-# %% ../nbs/05_backbone.ipynb #60a8a5e2
-PIECE = 8 << 20  # bytes of what is made in pieces: it should stay in a core's cache
-
-
+# %% ../nbs/05_backbone.ipynb #5c94a2b9
 def pieces(count, each):
     "Slices of 0 … count, of about PIECE bytes if one takes `each`."
     size = max(1, PIECE // each)
@@ -605,7 +603,7 @@ def norm_relu_collapse(bn, x, W, b, running=False):
     mean, var, batch = statistics(bn, x, running)
     return apply_layer(NormReluCollapse, x, bn.weight, bn.bias, W, b, mean, var, batch, bn.eps)
 
-# %% ../nbs/05_backbone.ipynb #539c631a
+# %% ../nbs/05_backbone.ipynb #83dccede
 class WindowGraphConv(nn.Module):
     "The graph convolution inside a window: rows (B,T,V,C) → nodes (B,T',V,τ,E), T' = ceil(T/stride), before batch norm."
 
@@ -642,7 +640,7 @@ class G3DPathway(nn.Module):
         if conv.first:
             y = collapse(x, dynamic)
         else:  # three or four channels: cheap to make again, and large (first block, all frames)
-            y = remade(collapse, (x, dynamic), (conv, self.out_conv))
+            y = remade(collapse, (x, dynamic), (conv, self.out_conv), self.out_conv.weight[0].numel() * x[..., 0].numel() * x.element_size())
         return norm_relu(self.out_bn, y, running, add, relu=False)
 
     def collapsed(self, x, dynamic, running):
@@ -761,7 +759,7 @@ def norm_relu_branches(bn, x, direct, W, b, stride, running=False, pool_norm=Non
     mean, var, batch = statistics(bn, x, running)
     return apply_layer(NormReluBranches, x, bn.weight, bn.bias, direct, W, b, mean, var, stride, batch, bn.eps)
 
-# %% ../nbs/05_backbone.ipynb #1dc8f6da
+# %% ../nbs/05_backbone.ipynb #d76765c5
 class MultiScaleTemporalConv(nn.Module):
     "MS-TCN: six branches along time, residual, ReLU; (B,C,T,V) → (B,O,T',V), T' = ceil(T/stride)."
 
@@ -799,7 +797,8 @@ class MultiScaleTemporalConv(nn.Module):
             self.residual["bn"] = fold_into(self.residual["conv"], self.residual["bn"])
 
     def forward(self, x, running=False):
-        return as_maps(remade(lambda x: self.on_rows(x, running), (as_rows(x),), (self,)))
+        x = as_rows(x)
+        return as_maps(remade(lambda x: self.on_rows(x, running), (x,), (self,), x.numel() * x.element_size()))
 
     def on_rows(self, x, running=False):
         "The same, from rows (B,T,V,C) to rows (B,T',V,O)."

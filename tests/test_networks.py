@@ -362,8 +362,9 @@ def test_gradients_of_the_public_order(public, monkeypatch, way, skeleton, T, M)
         torch.testing.assert_close(p.grad, wanted[name].data, rtol=1e-7, atol=1e-9 * float(scale.detach()), msg=lambda m: f"{name}: {m}")
 
 
-def test_running_statistics_move_once(net):
+def test_running_statistics_move_once(net, monkeypatch):
     "A layer that runs a second time in the backward pass must not count a batch twice."
+    monkeypatch.setattr("stf.backbone.PIECE", 500)
     net.double().train()
     x = clips(dtype=torch.float64)
     with torch.no_grad():
@@ -376,8 +377,9 @@ def test_running_statistics_move_once(net):
         torch.testing.assert_close(a, b, msg=lambda m: f"{name}: {m}")
 
 
-def test_maps_survive_the_backward_pass(net):
+def test_maps_survive_the_backward_pass(net, monkeypatch):
     "In-place steps may not touch what a focus reads afterwards."
+    monkeypatch.setattr("stf.backbone.PIECE", 500)
     f = net.double().train().features(clips(dtype=torch.float64))
     before = {k: v.detach().clone() for k, v in f.modules.items()}
     F.cross_entropy(net.head(f.last), torch.arange(4)).backward(retain_graph=True)
@@ -387,10 +389,11 @@ def test_maps_survive_the_backward_pass(net):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_second_derivative_through_the_whole_network(net, training):
+def test_second_derivative_through_the_whole_network(net, training, monkeypatch):
     "Functions hand over to their formulas: twice differentiated, quick and plain agree, with G and without running statistics."
     from stf.backbone import formulas
 
+    monkeypatch.setattr("stf.backbone.PIECE", 500)
     net.double().train(training)
     x, y, seconds = clips(3, T=9, dtype=torch.float64), torch.arange(3), []
     for plain in (False, True):
@@ -406,8 +409,9 @@ def test_second_derivative_through_the_whole_network(net, training):
         torch.testing.assert_close(seconds[0][name], seconds[1][name], rtol=1e-6, atol=1e-10, msg=lambda m: f"{name}: {m}")
 
 
-def test_frozen_parts(net):
+def test_frozen_parts(net, monkeypatch):
     "Only the last layer trains: no Function may ask for gradients that nobody has."
+    monkeypatch.setattr("stf.backbone.PIECE", 500)
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith("fc."))
     F.cross_entropy(net(clips()), torch.arange(4)).backward()
@@ -459,27 +463,48 @@ def test_bf16_autocast_is_close(net):
 @pytest.mark.slow
 def test_compiled_gradient_of_each_term():
     "torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's."
-    import shutil
-
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("torch.compile on the CPU needs a C++ compiler")
     torch.manual_seed(0)
-    net = STFNet(3, DOG, 4, 1, widths=(6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).train()
+    net = STFNet(3, DOG, 4, 1, widths=(6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).double().train()
     for module in net.stf:
         torch.nn.init.normal_(module.alpha.mix_time.weight, std=0.3)
-    x, y, eager, gradients = clips(4, T=9, V=4, M=1), torch.arange(4) % 3, net.features, {}
-    for way, features in (("eager", eager), ("compiled", torch.compile(eager))):
+    x, y, eager, gradients = clips(4, T=9, V=4, M=1, dtype=torch.float64), torch.arange(4) % 3, net.features, {}
+    start = {k: v.clone() for k, v in net.state_dict().items()}
+    for way, features in (("eager", eager), ("compiled", torch.compile(eager, backend="aot_eager", dynamic=False))):  # the part that traces gradients
         net.features = features
         for term in ("ce", "e", "d", "c", "g"):
             net.zero_grad()
+            net.load_state_dict(start)  # L_e sees the running statistics, which every pass moves
             weights = LossWeights(*(1.0 if k == term else 0.0 for k in "edcg"))
             STFLoss(net, weights, norm="rms")(x, y)[term].backward()
             gradients[way, term] = {n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None}
     for term in ("ce", "e", "d", "c", "g"):
         ours, wanted = gradients["compiled", term], gradients["eager", term]
-        assert ours.keys() == wanted.keys()
+        assert ours.keys() >= wanted.keys()  # a compiled pass gives zeros where eager gives nothing
         size = max(float(g.abs().max()) for g in wanted.values())
         assert size > 1e-5, f"{term} has no gradient to compare"
-        for name in wanted:
-            difference = float((ours[name] - wanted[name]).abs().max())
+        for name in ours:
+            difference = float((ours[name] - wanted.get(name, 0)).abs().max())
             assert difference <= 1e-4 * size, f"{term}, {name}: {difference:.1e} of {size:.1e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layer, channels", [("gcn3d1", 4), ("gcn3d2", 6), ("tcn1", 6)])
+def test_compiled_layers(layer, channels):
+    "The compiler's own code, layer by layer: an overlapping view once made it write beyond its memory."
+    import shutil
+
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = MSG3D(3, DOG, 4, 1, widths=(6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).train()
+    layer = getattr(net, layer)
+    x, results = torch.randn(4, channels, 9, 4, requires_grad=True), []
+    for f in (layer, torch.compile(layer, dynamic=False)):
+        net.zero_grad()
+        f(x).square().sum().backward()
+        results.append([x.grad.clone(), *(p.grad.clone() for p in layer.parameters())])
+        x.grad = None
+    scale = max(float(g.abs().max()) for g in results[0])
+    for eager, compiled in zip(*results):
+        assert (eager - compiled).abs().max() <= 1e-4 * scale
