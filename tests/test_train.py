@@ -410,7 +410,7 @@ def test_killed_at_random_moments_a_run_ends_with_the_same_weights(tmp_path, chi
     status, alone = child(tmp_path / "timed", changes)
     whole = Run.load(tmp_path / "timed")
     assert status == 0
-    while kills < 10:
+    while kills < 7:
         folder, here_kills = tmp_path / f"r{finished}", 0
         while True:
             patient = here_kills > 5  # let it end, so that the ends are compared several times
@@ -439,6 +439,8 @@ def test_killed_at_each_write_a_run_ends_with_the_same_weights(tmp_path, child):
             break  # it made fewer writes than that
         assert status == signal.SIGKILL
         is_whole(folder)
+        if moment % 3:  # every third one is also taken to its end
+            continue
         assert child(folder, changes)[0] == 0
         assert same(weights(folder), whole) and not list(folder.glob("*.new")), f"killed at write {moment}"
         assert same(weights(folder / "best"), weights(tmp_path / "whole" / "best"))
