@@ -493,13 +493,13 @@ def check_parts(config, clips, processes):
         raise ConfigError(f"a step of {fewest} clips can't be cut into {parts} parts ({processes} processes × accumulate {config.accumulate}): "
                           "use a larger batch_size, or fewer parts")  # fmt: skip
 
-# %% ../nbs/10_train.ipynb #bcf9875f
+# %% ../nbs/10_train.ipynb #de97241f
 @contextmanager
 def training_mode(t: Training):
     "The network as it is trained: batch norm on its batch unless frozen, features compiled if wanted. Afterwards as it was written."
     t.net.train(t.config.train_only != "head")
     if t.config.compile:
-        t.fast = t.fast or torch.compile(t.net.features)
+        t.fast = t.fast or torch.compile(t.net.features, dynamic=False)
         t.net.features = t.fast
     try:
         yield
