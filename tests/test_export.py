@@ -57,12 +57,13 @@ def test_parity_on_other_clips_lengths_and_class_counts(cls, classes, options, t
     out = OnnxNetwork(path)
     assert out.facts["num_classes"] == classes and len(out.classes) == classes and out.skeleton == net.skeleton
     x = np.random.RandomState(0).standard_normal((2, net.in_channels, 24, net.skeleton.num_joints, net.num_bodies)).astype(np.float32)
+    x[1] *= 3  # noise is like noise: let the second clip be a larger one
     got = out(x)
     assert got["focus"].min() >= 0 and got["focus"].max() <= 1 and got["focus"].shape[:2] == (2, net.num_bodies)
     if cls is STFNet:  # two clips, two graphs; and a clip's graph doesn't depend on its neighbour
         for i in range(6):
             a, b = got[f"G{i + 1}"]
-            assert np.abs(a - b).max() > 1e-3 * np.abs(got[f"G{i + 1}"]).max() > 0  # rounding differs by 1e-6
+            assert np.abs(a - b).max() > 1e-4 * np.abs(got[f"G{i + 1}"]).max() > 0  # rounding: 1e-6
             assert np.allclose(out(x[1:])[f"G{i + 1}"], got[f"G{i + 1}"][1:], atol=1e-4)
 
 
