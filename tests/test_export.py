@@ -61,9 +61,11 @@ def test_parity_on_other_clips_lengths_and_class_counts(cls, classes, options, t
     got = out(x)
     assert got["focus"].min() >= 0 and got["focus"].max() <= 1 and got["focus"].shape[:2] == (2, net.num_bodies)
     if cls is STFNet:  # two clips, two graphs; and a clip's graph doesn't depend on its neighbour
+        with torch.no_grad():
+            own = net.features(torch.from_numpy(x)).dynamic
         for i in range(6):
-            a, b = got[f"G{i + 1}"]
-            assert np.abs(a - b).max() > 1e-4 * np.abs(got[f"G{i + 1}"]).max() > 0  # rounding: 1e-6
+            between, wanted = np.subtract(*got[f"G{i + 1}"]), (own[i][0] - own[i][1]).numpy()
+            assert np.abs(between - wanted).max() < 0.02 * np.abs(wanted).max()  # the very difference that PyTorch sees
             assert np.allclose(out(x[1:])[f"G{i + 1}"], got[f"G{i + 1}"][1:], atol=1e-4)
 
 
