@@ -6,7 +6,7 @@
 __all__ = ['ROWS', 'TABLE5', 'CONTROLS', 'READINGS', 'ENVIRONMENT', 'TERMS', 'CONTRASTS', 'STREAM_NAMES', 'SHORT', 'paper_table',
            'Row', 'row_config', 'record_path', 'write_record', 'load_records', 'record_scores', 'Job', 'estimate',
            'make_records', 'row_jobs', 'ablation', 'named_by_data', 'table5', 'gains', 'fuse', 'stream_table',
-           'focus_picture', 'telling_clip', 'demo']
+           'focus_picture', 'telling_clip', 'demo_store', 'demo_pictures', 'demo']
 
 # %% ../nbs/11_experiments.ipynb #0199d121
 import json
@@ -114,7 +114,7 @@ def row_config(
     stage = first.second_stage(of.losses)
     return stage.replace(**({"model": config.model} if of.baseline else {}), **named, **of.changes)
 
-# %% ../nbs/11_experiments.ipynb #57a6a6c6
+# %% ../nbs/11_experiments.ipynb #4122674e
 def record_path(
     results,  # folder of all records
     experiment: str,  # e.g. ablation
@@ -125,7 +125,7 @@ def record_path(
     "Where a record lives: results/experiment/name/row-seed0.json."
     return Path(results) / experiment / name / f"{row}-seed{seed}.json"
 
-
+# %% ../nbs/11_experiments.ipynb #b3d026db
 def write_record(
     path,  # from record_path
     scores: Scores,  # of the test clips
@@ -143,7 +143,7 @@ def write_record(
     write_json(path, record)
     return {**record, "path": str(path)}
 
-
+# %% ../nbs/11_experiments.ipynb #6b22caf6
 def load_records(
     results="data/results",  # folder of all records
     **where,  # only those with these values, e.g. experiment="ablation", name="ucla-small", row="M1"
@@ -163,7 +163,7 @@ def record_scores(
     "The probabilities that belong to a record."
     return Scores.load(Path(record["path"]).with_name(record["scores"]))
 
-# %% ../nbs/11_experiments.ipynb #7d3a1702
+# %% ../nbs/11_experiments.ipynb #c4a81e37
 @dataclass(frozen=True)
 class Job:
     "One record to be made."
@@ -189,7 +189,7 @@ class Job:
             raise ConfigError(f"{self.path} was recorded with other settings: {told}. Use another name, or another results folder, or delete it")
         return {**record, "path": str(self.path)}
 
-# %% ../nbs/11_experiments.ipynb #db5d1948
+# %% ../nbs/11_experiments.ipynb #ebf5f978
 ENVIRONMENT = ("device", "threads", "system", "machine", "processor", "commit")
 
 
@@ -214,7 +214,17 @@ def _average_job(job):
     facts = dict(experiment=job.experiment, row=job.row, name=job.name, average=names, **same, history=[], seed=job.seed, **job.facts)
     return write_record(job.path, average(*map(record_scores, parts)), job.config, **facts)
 
-# %% ../nbs/11_experiments.ipynb #486fdc9e
+# %% ../nbs/11_experiments.ipynb #995f0c7b
+def _second_step(config, store):
+    "Seconds of the second step of a training; nobody's random numbers change."
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        t = begin(config.replace(init=None, train_only=""), store, make_accelerator(config.device))
+        for _ in range(2):
+            started = time.perf_counter()
+            train_step(t, t.train[: config.batch_size])
+    return time.perf_counter() - started
+
+
 def estimate(
     jobs: list,  # of Job
     store_of,  # configuration → ClipStore
@@ -236,22 +246,27 @@ def estimate(
         times.append(seconds)
     return times
 
-
-def _second_step(config, store):
-    "Seconds of the second step of a training; nobody's random numbers change."
-    with torch.random.fork_rng(range(torch.cuda.device_count())):
-        t = begin(config.replace(init=None, **({"train_only": ""} if hasattr(config, "train_only") else {})), store, make_accelerator(config.device))
-        for _ in range(2):
-            started = time.perf_counter()
-            train_step(t, t.train[: config.batch_size])
-    return time.perf_counter() - started
-
-
+# %% ../nbs/11_experiments.ipynb #4d45a652
 def _clock(seconds):
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min" if minutes else f"{seconds:.0f} s"
 
+# %% ../nbs/11_experiments.ipynb #98d275e6
+def _make_one(job, store_of, progress):
+    "(record, whether this process made it), or None if another process is at work on it or a part is missing."
+    try:
+        if (record := job.held()) is not None:
+            return record, False
+        return (_average_job(job) if job.average else _train_job(job, store_of, progress)), True
+    except BlockingIOError:
+        return None
 
+
+def _without(todo, jobs, lost):
+    "What is left to do when a job is lost: averages that need it are lost with it."
+    return [k for k in todo if k != lost and jobs[lost].path not in jobs[k].average]
+
+# %% ../nbs/11_experiments.ipynb #18bc9f5e
 def make_records(
     jobs: list,  # of Job, the most urgent first
     stores: dict | None = None,  # open stores by their configuration's `data`; others are opened
@@ -271,43 +286,37 @@ def make_records(
         return stores[config.data]
 
     left = dict(zip(todo, estimate([jobs[i] for i in todo], store_of))) if progress and todo else {}
-    trained = sum(not jobs[i].average for i in todo)
     if progress and todo:
+        trained = sum(not jobs[i].average for i in todo)
         print(f"{len(made)} of {len(jobs)} records are there; {trained} trainings to do, about {_clock(sum(left.values()))} in one process", file=sys.stderr)
-    bar = tqdm(total=len(todo), desc=jobs[0].experiment if jobs else "", unit="record", disable=not progress or not todo)
     spent = planned = 0.0
-    with bar:
+    with tqdm(total=len(todo), desc=jobs[0].experiment if jobs else "", unit="record", disable=not progress or not todo) as bar:
         while todo:
             for i in todo:
                 job, started = jobs[i], time.perf_counter()
                 rest = sum(left.get(k, 0) for k in todo) * (spent / planned if planned else 1)
                 bar.set_postfix(row=job.row, seed=job.seed, left=_clock(rest))
                 try:
-                    record = job.held()
-                    mine = record is None
-                    if mine:
-                        record = _average_job(job) if job.average else _train_job(job, store_of, progress)
-                except BlockingIOError:
-                    continue  # another process is at work on it, or a part is missing: the next one
+                    done = _make_one(job, store_of, progress)
                 except FloatingPointError as e:
                     failed[i] = f"{job.row}, seed {job.seed}: {e}"
                     print(failed[i], file=sys.stderr)
-                    todo.remove(i)
-                    todo = [k for k in todo if not set(jobs[k].average) & {job.path}]
+                    todo = _without(todo, jobs, i)
                     break
-                if mine:
-                    spent, planned = spent + time.perf_counter() - started, planned + left.get(i, 0)
-                made[i] = record
-                todo.remove(i)
-                bar.update()
-                break
+                if done:
+                    made[i], mine = done
+                    if mine:
+                        spent, planned = spent + time.perf_counter() - started, planned + left.get(i, 0)
+                    todo.remove(i)
+                    bar.update()
+                    break
             else:
                 time.sleep(0.5)  # all that is left is held by other processes
     if failed:
         raise RuntimeError("not all records could be made: " + "; ".join(failed.values()))
     return [made[i] for i in range(len(jobs))]
 
-# %% ../nbs/11_experiments.ipynb #f01b6271
+# %% ../nbs/11_experiments.ipynb #1db0dccd
 def row_jobs(
     config: Config,  # of the baseline
     rows,  # of ROWS
@@ -356,7 +365,7 @@ def ablation(
     records = make_records(jobs, {config.data: store} if store is not None else None, progress)
     return [r for r in records if r["row"] in rows]
 
-# %% ../nbs/11_experiments.ipynb #9741f46a
+# %% ../nbs/11_experiments.ipynb #59779057
 def named_by_data(
     config: Config,
 ) -> Config:
@@ -365,7 +374,7 @@ def named_by_data(
         return config.replace(name=f"{config.name}-{Path(config.data).resolve().name}")
     return config
 
-# %% ../nbs/11_experiments.ipynb #bba422de
+# %% ../nbs/11_experiments.ipynb #7b082fae
 TERMS = {"M1": "", "M2": "c", "M3": "dc", "M4": "dcg", "Le": "e", "M5": "edcg"}
 
 
@@ -385,7 +394,7 @@ def table5(
         table = table.join(pd.DataFrame(ours).add_prefix(f"{name} "))
     return table
 
-# %% ../nbs/11_experiments.ipynb #a5a924ec
+# %% ../nbs/11_experiments.ipynb #dce9518c
 CONTRASTS = {  # question: (row, what it is compared with)
     "does L_c help?": ("M2", "M1"),
     "L_d and L_c?": ("M3", "M1"),
@@ -414,6 +423,19 @@ CONTRASTS = {  # question: (row, what it is compared with)
     "reading: mask without visibility?": ("Le-coordinates", "Le"),
 }
 
+# %% ../nbs/11_experiments.ipynb #06f2f5d5
+def _gain(
+    ours: list,  # records of a row, one a seed
+    theirs: list,  # of the other row, the same seeds
+    samples: int,  # of the bootstrap
+) -> dict:
+    "The paired difference of two rows: mean, standard deviation over seeds, 95 % interval, verdict."
+    each = [a["top1"] - b["top1"] for a, b in zip(ours, theirs)]
+    apart = differences([record_scores(r) for r in ours], [record_scores(r) for r in theirs])
+    gain, low, high = paired_bootstrap(apart, samples)
+    std = np.std(each, ddof=1) if len(each) > 1 else np.nan
+    return {"gain": gain, "std": std, "low": low, "high": high, "verdict": verdict(low, high, len(each))}
+
 
 def gains(
     records: list,  # of one configuration, from ablation or load_records
@@ -422,24 +444,17 @@ def gains(
 ) -> pd.DataFrame:  # index: question or row
     "Gains with their 95 % intervals, paired by seed and clip; only seeds that both rows have count. NaN where nothing was run."
     of = {(r["row"], r["seed"]): r for r in records}
-    rows = [row for row in ROWS if any(row == have for have, _ in of)]
     if isinstance(contrasts, str):
-        contrasts = {row: (row, contrasts) for row in rows if row != contrasts}
-    lines, scores = [], {key: record_scores(r) for key, r in of.items()}
+        contrasts = {row: (row, contrasts) for row in ROWS if row != contrasts and any(row == have for have, _ in of)}
+    lines = []
     for question, (row, other) in contrasts.items():
         seeds = sorted(s for r, s in of if r == row and (other, s) in of)
-        line = {"question": question, "row": row, "against": other, "seeds": len(seeds)}
-        if seeds:
-            ours, theirs = ([scores[r, s] for s in seeds] for r in (row, other))
-            each = [of[row, s]["top1"] - of[other, s]["top1"] for s in seeds]
-            gain, low, high = paired_bootstrap(differences(ours, theirs), samples)
-            line.update(gain=gain, std=np.std(each, ddof=1) if len(seeds) > 1 else np.nan, low=low, high=high, verdict=verdict(low, high, len(seeds)))
-        lines.append(line)
+        found = _gain([of[row, s] for s in seeds], [of[other, s] for s in seeds], samples) if seeds else {"verdict": ""}
+        lines.append({"question": question, "row": row, "against": other, "seeds": len(seeds), **found})
     columns = ["question", "row", "against", "seeds", "gain", "std", "low", "high", "verdict"]
-    table = pd.DataFrame(lines, columns=columns).set_index("question")
-    return table.assign(verdict=table["verdict"].fillna(""))
+    return pd.DataFrame(lines, columns=columns).set_index("question")
 
-# %% ../nbs/11_experiments.ipynb #0f295e9e
+# %% ../nbs/11_experiments.ipynb #40521d2d
 STREAM_NAMES = {"joint": "J", "bone": "B", "joint+bone": "J+B", "joint+bone+joint-motion+bone-motion": "four streams"}
 
 
@@ -468,7 +483,7 @@ def stream_table(
     wide = frame.pivot_table(index="row", columns="stream", values="top1").rename(columns=STREAM_NAMES)
     return wide.reindex(index=[r for r in TERMS if r in wide.index], columns=[c for c in STREAM_NAMES.values() if c in wide])
 
-# %% ../nbs/11_experiments.ipynb #2c8ca411
+# %% ../nbs/11_experiments.ipynb #fb93e24c
 def focus_picture(
     runs: dict,  # title → Run: networks to compare
     store,  # ClipStore
@@ -494,7 +509,7 @@ def focus_picture(
         fig.savefig(file, dpi=150, bbox_inches="tight")
     return fig
 
-
+# %% ../nbs/11_experiments.ipynb #7d01c26f
 def telling_clip(
     better: Scores,  # e.g. of STF
     baseline: Scores,  # e.g. of MS-G3D
@@ -505,10 +520,40 @@ def telling_clip(
     turned = (better.predicted == better.labels) & (baseline.predicted != baseline.labels)
     return better.names[int(np.argmax(gain + 2 * turned))]
 
-
+# %% ../nbs/11_experiments.ipynb #0482a9f9
 SHORT = dict(epochs=10, milestones=(7, 9), stf_epochs=2, stf_milestones=(1,))  # the synthetic preset, cut to a few minutes on two cores
 
 
+def demo_store(
+    folder: Path,  # raw files and store are written here
+    synthetic=None,  # SyntheticConfig; None: the default
+    progress: bool = True,
+) -> ClipStore:
+    "Synthetic people written as raw NTU files, read back and stored; what is there is kept."
+    if not (folder / "synthetic" / "header.json").exists():
+        print(f"1/4 writing synthetic people as raw .skeleton files to {folder / 'raw'}")
+        write_synthetic(folder / "raw", *([synthetic] if synthetic else []), progress=progress)
+        print(f"2/4 reading them back into a store in {folder / 'synthetic'}")
+        ClipStore.build(open_clips(folder / "raw"), folder / "synthetic", progress=progress)
+    return ClipStore(folder / "synthetic")
+
+
+def demo_pictures(
+    records: list,  # of Table 5's rows, one seed
+    config: Config,  # of the baseline
+    store: ClipStore,
+    folder: Path,  # class_difference.png and focus.png are written here
+):
+    "What each class gained (Fig. 3), and where M1 and M4 look in a clip that only M4 gets right (Fig. 1b)."
+    of = {r["row"]: record_scores(r) for r in records}
+    ax = draw_class_difference(class_difference(of["M5"], of["M1"]), title=f"M5 − M1, {config.name}, cross-subject")
+    ax.figure.savefig(folder / "class_difference.png", dpi=150, bbox_inches="tight")
+    clip = list(store.names).index(telling_clip(of["M4"], of["M1"]))
+    runs = {row: run(row_config(config, row, config.seed), store, progress=False) for row in ("M1", "M4")}
+    fig = focus_picture(runs, store, clip, folder / "focus.png")
+    plt.close(ax.figure), plt.close(fig)
+
+# %% ../nbs/11_experiments.ipynb #19a2227f
 def demo(
     folder="data/demo",  # everything is written here
     config: Config | None = None,  # of the baseline; None: the synthetic preset, a little shorter
@@ -520,12 +565,7 @@ def demo(
     Called again it goes on where it was stopped, or only draws.
     """
     folder = Path(folder)
-    if not (folder / "synthetic" / "header.json").exists():
-        print(f"1/4 writing synthetic people as raw .skeleton files to {folder / 'raw'}")
-        write_synthetic(folder / "raw", *([synthetic] if synthetic else []), progress=progress)
-        print(f"2/4 reading them back into a store in {folder / 'synthetic'}")
-        ClipStore.build(open_clips(folder / "raw"), folder / "synthetic", progress=progress)
-    store = ClipStore(folder / "synthetic")
+    store = demo_store(folder, synthetic, progress)
     config = (config or preset("synthetic", **SHORT).replace(name="demo")).replace(data=str(folder / "synthetic"), folder=str(folder / "runs" / "synthetic"))
     train, test = store.split(config.protocol)
     print(f"3/4 training MS-G3D and four STF networks on {len(train)} clips ({len(test)} for testing, {len(store.classes)} actions)")
@@ -533,13 +573,7 @@ def demo(
     print("4/4 table and pictures")
     table = table5(records).round(2)
     table.to_csv(folder / "table5.csv")
-    of = {r["row"]: record_scores(r) for r in records}
-    ax = draw_class_difference(class_difference(of["M5"], of["M1"]), title=f"M5 − M1, {config.name}, cross-subject")
-    ax.figure.savefig(folder / "class_difference.png", dpi=150, bbox_inches="tight")
-    clip = list(store.names).index(telling_clip(of["M4"], of["M1"]))
-    runs = {row: run(row_config(config, row, config.seed), store, progress=False) for row in ("M1", "M4")}
-    fig = focus_picture(runs, store, clip, folder / "focus.png")
-    plt.close(ax.figure), plt.close(fig)
+    demo_pictures(records, config, store, folder)
     with pd.option_context("display.max_columns", 20, "display.width", 160):
         print(f"\nTable 5: the paper on NTU 60, ours on {len(test)} synthetic clips (one seed: differences below a few points mean nothing)\n")
         print(table.to_string(na_rep=""))
