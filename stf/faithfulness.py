@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FILLS', 'STAGES', 'MEASURES', 'ranks', 'take_away', 'curve', 'motion_map', 'importance_maps', 'faithfulness', 'areas',
-           'forget', 'randomisation_check', 'focus_measures', 'focus_records', 'focus_table', 'turned']
+           'forget', 'randomisation_check', 'focus_measures', 'focus_means', 'focus_records', 'focus_table', 'turned']
 
-# %% ../nbs/11d_faithfulness.ipynb #be9faeb1
+# %% ../nbs/11d_faithfulness.ipynb #dc5174c8
 import json
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from .evaluate import Scores, align
 from .experiments import ROWS, record_path, row_config
 from .focus import focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus, resample_focus
 from .statistics import paired_bootstrap
-from .train import Config, Run, build_network, splits, write_json
+from .train import Config, Run, build_network, environment, splits, write_json
 
 # %% ../nbs/11d_faithfulness.ipynb #f550da48
 def ranks(
@@ -218,7 +218,20 @@ def focus_measures(
         frames.append(pd.DataFrame({k: v.numpy() for k, v in of.items()}, index=[store.names[i] for i in some]))
     return pd.concat(frames).rename_axis("clip")
 
-# %% ../nbs/11d_faithfulness.ipynb #47e8d437
+# %% ../nbs/11d_faithfulness.ipynb #d7c7b5fc
+def focus_means(
+    r: Run,  # a finished run
+    store: ClipStore,
+) -> tuple:  # (name → mean over the test clips, or None; number of test clips)
+    "What one network focuses on: `focus_measures`, and how far its focus is ahead in each curve of `faithfulness`."
+    c, net, test = r.config, r.network(), splits(store, r.config)[2]
+    means = focus_measures(net, store, test, c).mean().to_dict()
+    for fill in FILLS:
+        for (kind, other), line in areas(faithfulness(net, store, test, c, fill)).iterrows():
+            means[f"{kind}, {fill}: ahead of {other}"] = line["ahead"]
+    return {k: None if np.isnan(v) else float(v) for k, v in means.items()}, len(test)
+
+
 def focus_records(
     config: Config,  # of the baseline, as for ablation
     rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M4", "Le"),  # trained rows of ROWS; those that have not finished are left out
@@ -234,15 +247,11 @@ def focus_records(
         path = record_path(results, "focus", config.name, row, seed)
         if not path.exists() and (c.run_folder / "run.json").exists():
             store = store or ClipStore(config.data)
-            net, test = Run.load(c.run_folder).network(), splits(store, c)[2]
-            means = focus_measures(net, store, test, c).mean()
-            curves = {fill: areas(faithfulness(net, store, test, c, fill)) for fill in FILLS}
-            lead = {f"{kind}, {fill}: ahead of {other}": line["ahead"] for fill, t in curves.items() for (kind, other), line in t.iterrows()}
+            means, clips = focus_means(Run.load(c.run_folder), store)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": 1, "experiment": "focus", "row": row, "name": config.name, "dataset": Path(c.data).name, "protocol": c.protocol,
-                              "stream": c.stream, "seed": seed, "test_clips": len(test), "top1": 100 * float(means["correct"]),
-                              "measures": {k: None if np.isnan(v) else float(v) for k, v in {**means.to_dict(), **lead}.items()},
-                              "config": json.loads(c.to_json())})  # fmt: skip
+                              "stream": c.stream, "seed": seed, "test_clips": clips, "top1": 100 * means["correct"], "measures": means,
+                              "environment": environment(), "config": json.loads(c.to_json())})  # fmt: skip
         if path.exists():
             records.append({**json.loads(path.read_text()), "path": str(path)})
     return records
