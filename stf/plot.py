@@ -66,7 +66,7 @@ def _styled(draw):
 
     return styled
 
-# %% ../nbs/01_plot.ipynb #b18291d4
+# %% ../nbs/01_plot.ipynb #bed5ecb4
 def _array(x, name):
     "x (array, tensor or nested list) as float64 numpy, or a ValueError."
     if hasattr(x, "detach"):
@@ -86,11 +86,10 @@ def _per_joint(x, shape, name):
     return x
 
 
-def _bodies(joints, skeleton, form, visible=None, values=None):
-    """joints (M,T,V,C), drawn (M,T,V) bool and values (M,T,V) or None from what the user gave.
 
-    form: the axes that `joints` may have, e.g. "MVC": with or without the leading M. ValueError if shapes don't fit.
-    """
+# %% ../nbs/01_plot.ipynb #354d69d1
+def _check_joints(joints, skeleton, form):
+    "joints as an array whose axes are `form`, e.g. \"MVC\", with or without its first; ValueError if it doesn't fit the skeleton."
     if not isinstance(skeleton, Skeleton):
         raise ValueError(f"skeleton must be a stf.skeleton.Skeleton, got {type(skeleton).__name__}")
     joints = _array(joints, "joints")
@@ -106,12 +105,20 @@ def _bodies(joints, skeleton, form, visible=None, values=None):
         raise ValueError(f"joints need 2 or 3 coordinates, got C = {C} (shape {joints.shape})")
     if 0 in joints.shape:
         raise ValueError(f"joints is empty: shape {joints.shape}")
+    return joints
+
+# %% ../nbs/01_plot.ipynb #07d9f7bb
+def _bodies(joints, skeleton, form, visible=None, values=None):
+    """joints (M,T,V,C), drawn (M,T,V) bool and values (M,T,V) or None from what the user gave.
+
+    form: the axes that `joints` may have, as in `_check_joints`. ValueError if shapes don't fit.
+    """
+    joints = _check_joints(joints, skeleton, form)
     if visible is not None:
         visible = _per_joint(visible, joints.shape[:-1], "visible")
     if values is not None:
         values = _per_joint(values, joints.shape[:-1], "values")
-    full = lambda x, n: x.reshape((1,) * (n - x.ndim) + x.shape)  # a leading body axis
-    joints = full(joints, len(form))
+    joints = joints.reshape((1,) * (len(form) - joints.ndim) + joints.shape)
     shape = joints.shape[:-1]
     drawn = np.isfinite(joints).all(-1)
     drawn &= (joints != 0).any((-2, -1))[..., None] if visible is None else visible.reshape(shape) > 0
@@ -119,7 +126,7 @@ def _bodies(joints, skeleton, form, visible=None, values=None):
         joints, drawn = joints[:, None], drawn[:, None]
     return joints, drawn, None if values is None else values.reshape(drawn.shape)
 
-# %% ../nbs/01_plot.ipynb #ab2be34d
+# %% ../nbs/01_plot.ipynb #701637ff
 def _sides(skeleton):
     "(V,) int: 0 middle, 1 left, 2 right."
     sides = np.zeros(skeleton.num_joints, dtype=int)
@@ -140,7 +147,7 @@ def limb_groups(
     groups = [tuple(np.flatnonzero(sides == 0)), *sorted(limbs)]
     return tuple(tuple(int(v) for v in outwards(group)) for group in groups if len(group))
 
-# %% ../nbs/01_plot.ipynb #b0fa4111
+# %% ../nbs/01_plot.ipynb #26f38ca4
 VIEWS = {"front": 0.0, "side": 90.0}
 Y_DOWN = ("openpose18", "coco17")  # layouts of 2D pose networks, in image coordinates
 
@@ -166,7 +173,7 @@ def _project(joints, view):
     across = joints[..., 0] * np.cos(angle) + joints[..., 2] * np.sin(angle)
     return np.stack([across, joints[..., 1]], -1)
 
-# %% ../nbs/01_plot.ipynb #6b591430
+# %% ../nbs/01_plot.ipynb #6f69b56c
 def _limits(values, vmin=None, vmax=None):
     "The range of colours: as given, else from 0 (or less) to the greatest; never empty. ValueError if all is unknown."
     finite = values[np.isfinite(values)]
@@ -177,6 +184,13 @@ def _limits(values, vmin=None, vmax=None):
     return (low, high) if high > low else (low, low + 1.0)
 
 
+def _norm(values, drawn, vmin=None, vmax=None):
+    "The colour range of the values of drawn joints; None without values."
+    if values is None:
+        return None
+    return mpl.colors.Normalize(*_limits(values[drawn] if drawn.any() else np.zeros(1), vmin, vmax))
+
+# %% ../nbs/01_plot.ipynb #e4440cce
 def _bone_lines(points, drawn, skeleton):
     "The bones that are drawn: line segments (n,2,D), body and outer joint of each. points (M,V,D), drawn (M,V)."
     child, parent = np.array(skeleton.bones, dtype=int).reshape(-1, 2).T
@@ -186,9 +200,7 @@ def _bone_lines(points, drawn, skeleton):
 
 def _looks(drawn, values, skeleton, size, norm, cmap):
     "Colours (M,V,4) and sizes (M,V) of the joints, in points²."
-    palette = mpl.colors.to_rgba_array([c for body in BODY_COLOURS for c in body]).reshape(
-        len(BODY_COLOURS), 3, 4
-    )
+    palette = mpl.colors.to_rgba_array([c for body in BODY_COLOURS for c in body]).reshape(len(BODY_COLOURS), 3, 4)
     colours = palette[np.arange(len(drawn)) % len(palette)][:, _sides(skeleton)]
     if values is None:
         return colours, np.full(drawn.shape, float(size))
@@ -197,7 +209,7 @@ def _looks(drawn, values, skeleton, size, norm, cmap):
     colours = np.where(known[..., None], mpl.colormaps[cmap](share), mpl.colors.to_rgba(COLOURS["light"]))
     return colours, size * (0.4 + 1.8 * share)
 
-# %% ../nbs/01_plot.ipynb #9f82196e
+# %% ../nbs/01_plot.ipynb #56252746
 class _Bodies:
     "The bones and joints of one picture: two artists that `show` fills with a frame."
 
@@ -208,22 +220,16 @@ class _Bodies:
             self.bones = ax.add_collection(LineCollection([], linewidths=width, capstyle="round", zorder=2))
             self.joints = ax.scatter([], [], zorder=3)
         else:
-            self.bones = ax.add_collection3d(
-                Line3DCollection([np.zeros((2, 3))], linewidths=width, capstyle="round")
-            )
+            self.bones = ax.add_collection3d(Line3DCollection([np.zeros((2, 3))], linewidths=width, capstyle="round"))
             self.joints, self.ax = None, ax
 
     def show(self, points, drawn, values=None):
         "points (M,V,2 or 3), drawn (M,V), values (M,V) or None."
         lines, body, child = _bone_lines(points, drawn, self.skeleton)
         colours, sizes = _looks(drawn, values, self.skeleton, self.size, self.norm, self.cmap)
-        limb = (
-            colours[body, child]
-            if values is None
-            else np.tile(mpl.colors.to_rgba(COLOURS["light"]), (len(lines), 1))
-        )
+        grey = np.tile(mpl.colors.to_rgba(COLOURS["light"]), (len(lines), 1))
         self.bones.set_segments(lines)
-        self.bones.set_color(limb)
+        self.bones.set_color(colours[body, child] if values is None else grey)
         edge = mpl.colors.to_rgba("white" if values is None else COLOURS["dark"])
         if self.flat:
             self.joints.set_offsets(points[drawn])
@@ -236,7 +242,7 @@ class _Bodies:
                                           linewidths=0.5, depthshade=False)  # fmt: skip
         return [self.bones, self.joints]
 
-# %% ../nbs/01_plot.ipynb #e66d326b
+# %% ../nbs/01_plot.ipynb #af9b5490
 def _axes(ax, figsize, projection=None):
     "The given axes, or those of a new figure; ValueError if 2D and 3D are mixed up."
     if ax is None:
@@ -257,16 +263,20 @@ def _frame_limits(points, margin=0.06):
 
 def _colour_bar(ax, norm, cmap, label, **kwargs):
     "A slim colour bar beside ax, or a list of them."
-    bar = (ax[0] if isinstance(ax, list) else ax).figure.colorbar(
-        mpl.cm.ScalarMappable(norm, cmap),
-        ax=ax,
-        label=label,
-        **{"shrink": 0.7, "aspect": 25, "pad": 0.02, **kwargs},
-    )
-    bar.outline.set_visible(False)
-    return bar
+    slim = {"shrink": 0.7, "aspect": 25, "pad": 0.02, **kwargs}
+    figure = (ax[0] if isinstance(ax, list) else ax).figure
+    figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=ax, label=label, **slim).outline.set_visible(False)
 
-# %% ../nbs/01_plot.ipynb #c0055f44
+
+def _finish(ax, title, norm, cmap, colour_bar, **kwargs):
+    "Title and colour bar, where they are wanted; returns ax."
+    if title:
+        ax.set_title(title)
+    if norm is not None and colour_bar is not None:
+        _colour_bar(ax, norm, cmap, colour_bar, **kwargs)
+    return ax
+
+# %% ../nbs/01_plot.ipynb #505133b2
 def _set_room(ax, low, high):
     "The box of a 3D picture, a metre as long in each direction, with few ticks."
     ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), zlim=(low[2], high[2]), xlabel="x", ylabel="z (depth)", zlabel="y")
@@ -275,7 +285,48 @@ def _set_room(ax, low, high):
     for axis, extent in zip((ax.xaxis, ax.yaxis, ax.zaxis), (high - low) / np.max(high - low)):
         axis.set_major_locator(MaxNLocator(max(1, round(4 * extent))))
 
-# %% ../nbs/01_plot.ipynb #5a0e1b09
+# %% ../nbs/01_plot.ipynb #c75bb149
+def _name_joints(ax, points, drawn, skeleton, which):
+    "Write names in a column on each side of a flat picture, with thin lines to the joints, none over another."
+    which = np.isin(np.arange(skeleton.num_joints), which)
+    if not (drawn & which).any():
+        return
+    (left, low), (right, high) = points[drawn].min(0), points[drawn].max(0)
+    box = ax.get_position()
+    width, height = ax.figure.get_size_inches() * 72 * (box.width, box.height)
+    point = max((right - left) / width, (high - low) / height, 1e-9)  # in data units
+    chosen = [(points[b, v], skeleton.joints[v]) for b, v in zip(*np.nonzero(drawn & which))]
+    order = sorted(chosen, key=lambda c: c[0][0])  # half of the names on each side
+    half = len(order) // 2
+    thin = {"color": COLOURS["light"], "linewidth": 0.6, "zorder": 1, "clip_on": False, "scalex": False, "scaley": False}
+    for column, edge, align in ((order[:half], left - 12 * point, "right"), (order[half:], right + 12 * point, "left")):
+        above = np.inf
+        for (x, y), name in sorted(column, key=lambda c: -c[0][1]):
+            above = min(y, above - 9 * point)
+            ax.plot([x, edge], [y, above], **thin)
+            ax.text(edge, above, name, fontsize=7, ha=align, va="center")
+
+
+def _name_joints_3d(ax, points, drawn, skeleton, which):
+    "Write names at the joints of a picture in three dimensions."
+    for b, v in zip(*np.nonzero(drawn & np.isin(np.arange(skeleton.num_joints), which))):
+        ax.text(*points[b, v], skeleton.joints[v], fontsize=6)
+
+# %% ../nbs/01_plot.ipynb #cd38eb90
+def _set_axes(ax, points, drawn, ticks):
+    "Axes of one scale around the drawn points (M,V,2 or 3); an empty frame says that it is empty."
+    low, high = _frame_limits(points[drawn])
+    flat = points.shape[-1] == 2
+    if flat:
+        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
+        ax.axis("on" if ticks else "off")
+    else:
+        _set_room(ax, low, high)
+    if not drawn.any():
+        write = ax.text if flat else ax.text2D
+        write(0.5, 0.5, "no body in this frame", ha="center", va="center", color=COLOURS["grey"], transform=ax.transAxes)
+
+# %% ../nbs/01_plot.ipynb #d1a85854
 @_styled
 def draw_skeleton(
     joints,  # (V,C) one body, or (M,V,C); C = 2 or 3
@@ -300,73 +351,20 @@ def draw_skeleton(
     left out; an empty frame says so. Raises ValueError for shapes that don't fit, an unknown view or joint.
     """
     joints, drawn, values = _bodies(joints, skeleton, "MVC", visible, values)
-    joints, drawn, values = (
-        _flip(joints, skeleton, y_down)[:, 0],
-        drawn[:, 0],
-        None if values is None else values[:, 0],
-    )
+    joints, drawn, values = _flip(joints, skeleton, y_down)[:, 0], drawn[:, 0], None if values is None else values[:, 0]
     flat = not (isinstance(view, str) and view == "3d")
     if not flat and joints.shape[-1] == 2:
         raise ValueError("view '3d' needs 3 coordinates; these joints have 2")
     points = _project(joints, view) if flat else joints[..., [0, 2, 1]]
-    norm = (
-        None
-        if values is None
-        else mpl.colors.Normalize(*_limits(values[drawn] if drawn.any() else np.zeros(1), vmin, vmax))
-    )
+    norm = _norm(values, drawn, vmin, vmax)
     name_which = range(skeleton.num_joints) if names is True else [skeleton.index(j) for j in names or ()]
     ax = _axes(ax, (4, 4.5) if flat else (5, 5), None if flat else "3d")
     _Bodies(ax, skeleton, flat, size, norm, cmap).show(points, drawn, values)
-    low, high = _frame_limits(points[drawn])
-    if flat:
-        ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-        ax.axis("on" if ticks else "off")
-        _name_joints(ax, points, drawn, skeleton, name_which)
-    else:
-        _set_room(ax, low, high)
-        for b, v in zip(*np.nonzero(drawn & np.isin(np.arange(skeleton.num_joints), name_which))):
-            ax.text(*points[b, v], skeleton.joints[v], fontsize=6)
-    if not drawn.any():
-        (ax.text if flat else ax.text2D)(0.5, 0.5, "no body in this frame", ha="center", va="center", color=COLOURS["grey"],
-                                         transform=ax.transAxes)  # fmt: skip
-    if title:
-        ax.set_title(title)
-    if colour_bar and norm:
-        _colour_bar(ax, norm, cmap, colour_bar)
-    return ax
+    _set_axes(ax, points, drawn, ticks)
+    (_name_joints if flat else _name_joints_3d)(ax, points, drawn, skeleton, name_which)
+    return _finish(ax, title, norm, cmap, colour_bar or None)
 
-# %% ../nbs/01_plot.ipynb #2c3d568c
-def _name_joints(ax, points, drawn, skeleton, which):
-    "Write names in a column on each side of a flat picture, with thin lines to the joints, none over another."
-    which = np.isin(np.arange(skeleton.num_joints), which)
-    if not (drawn & which).any():
-        return
-    (left, low), (right, high) = points[drawn].min(0), points[drawn].max(0)
-    box = ax.get_position()
-    width, height = ax.figure.get_size_inches() * 72 * (box.width, box.height)
-    point = max((right - left) / width, (high - low) / height, 1e-9)  # in data units
-    chosen = [(points[b, v], skeleton.joints[v]) for b, v in zip(*np.nonzero(drawn & which))]
-    order = sorted(chosen, key=lambda c: c[0][0])  # half of the names on each side
-    for column, edge, align in (
-        (order[: len(order) // 2], left - 12 * point, "right"),
-        (order[len(order) // 2 :], right + 12 * point, "left"),
-    ):
-        above = np.inf
-        for (x, y), name in sorted(column, key=lambda c: -c[0][1]):
-            above = min(y, above - 9 * point)
-            ax.plot(
-                [x, edge],
-                [y, above],
-                color=COLOURS["light"],
-                linewidth=0.6,
-                zorder=1,
-                clip_on=False,
-                scalex=False,
-                scaley=False,
-            )
-            ax.text(edge, above, name, fontsize=7, ha=align, va="center")
-
-# %% ../nbs/01_plot.ipynb #c394b43f
+# %% ../nbs/01_plot.ipynb #b210ddcd
 def _strip_frames(frames, T):
     "Indices of the frames to show: evenly spread if a number is given."
     if isinstance(frames, (int, np.integer)) and not isinstance(frames, bool):
@@ -374,23 +372,14 @@ def _strip_frames(frames, T):
             raise ValueError(f"frames must be at least 1, got {frames}")
         return np.unique(np.linspace(0, T - 1, min(int(frames), T)).round().astype(int))
     chosen = np.asarray(frames)
-    if (
-        chosen.ndim != 1
-        or not chosen.size
-        or chosen.dtype.kind not in "iu"
-        or chosen.min() < 0
-        or chosen.max() >= T
-    ):
+    if chosen.ndim != 1 or not chosen.size or chosen.dtype.kind not in "iu" or chosen.min() < 0 or chosen.max() >= T:
         raise ValueError(f"frames must be a number or a list of frame indices below {T}, got {frames!r}")
     return chosen
 
-
+# %% ../nbs/01_plot.ipynb #c439c3da
 def _columns(points, drawn, follow, gap, window=None):
     "Each frame in its column: points (M,F,V,2) -> shifted points, the columns' centres (F,), corners (2,2)."
-    extent = [
-        _frame_limits(points[:, f][drawn[:, f]], 0) if drawn[:, f].any() else None
-        for f in range(points.shape[1])
-    ]
+    extent = [_frame_limits(points[:, f][drawn[:, f]], 0) if drawn[:, f].any() else None for f in range(points.shape[1])]
     seen = [e for e in extent if e is not None]
     everything = np.stack([np.min([e[0] for e in seen], 0), np.max([e[1] for e in seen], 0)])
     if window is not None:
@@ -402,13 +391,16 @@ def _columns(points, drawn, follow, gap, window=None):
     step = max(width, 0.25 * np.ptp(everything[:, 1]), 1e-6) * (1 + gap)
     centres = step * np.arange(len(middle))
     low, high = (-step / 2, everything[0, 1]), (centres[-1] + step / 2, everything[1, 1])
-    return (
-        points + np.stack([centres - middle, np.zeros(len(middle))], -1)[None, :, None],
-        centres,
-        np.array([low, high]),
-    )
+    shift = np.stack([centres - middle, np.zeros(len(middle))], -1)
+    return points + shift[None, :, None], centres, np.array([low, high])
 
-# %% ../nbs/01_plot.ipynb #5d9d4003
+
+def _label_frame(ax, place, frame, first, fps, below=5):
+    "Write a frame's number, or with fps its time, under `place`."
+    label = f"{frame / fps:.2f} s" if fps else f"frame {frame}" if first else f"{frame}"
+    ax.annotate(label, place, xytext=(0, -below), textcoords="offset points", ha="center", va="top", fontsize=7)
+
+# %% ../nbs/01_plot.ipynb #c8b1fcfb
 @_styled
 def draw_strip(
     joints,  # (T,V,C) one body, or (M,T,V,C)
@@ -439,7 +431,7 @@ def draw_strip(
     if not drawn.any():
         raise ValueError("no body is visible in any frame")
     chosen = _strip_frames(frames, joints.shape[1])
-    norm = None if values is None else mpl.colors.Normalize(*_limits(values[drawn], vmin, vmax))
+    norm = _norm(values, drawn, vmin, vmax)
     points, drawn = _project(_flip(joints, skeleton, y_down), view)[:, chosen], drawn[:, chosen]
     if not drawn.any():
         raise ValueError(f"no body is visible in frames {chosen.tolist()}")
@@ -449,27 +441,14 @@ def draw_strip(
     for f in range(len(chosen)):
         picture = _Bodies(ax, skeleton, True, size, norm, cmap)
         picture.show(points[:, f], drawn[:, f], None if values is None else values[:, chosen[f]])
-        label = f"{chosen[f] / fps:.2f} s" if fps else f"{chosen[f]}" if f else f"frame {chosen[f]}"
-        ax.annotate(
-            label,
-            (centres[f], box[0, 1]),
-            xytext=(0, -5),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=7,
-        )
+        _label_frame(ax, (centres[f], box[0, 1]), chosen[f], f == 0, fps)
     if ground:
         ax.hlines(box[0, 1] - 0.02 * high, *box[:, 0], color=COLOURS["grey"], linewidth=0.8, zorder=1)
     ax.set(xlim=box[:, 0], ylim=(box[0, 1] - 0.03 * high, box[1, 1] + 0.05 * high), aspect="equal")
     ax.axis("off")
-    if title:
-        ax.set_title(title)
-    if colour_bar and norm:
-        _colour_bar(ax, norm, cmap, colour_bar)
-    return ax
+    return _finish(ax, title, norm, cmap, colour_bar or None)
 
-# %% ../nbs/01_plot.ipynb #8bf1f321
+# %% ../nbs/01_plot.ipynb #e6237961
 def _matrix(A, name="A"):
     "A as a 2D float array with NaN for what is not finite; ValueError without any number."
     A = _array(A, name)
@@ -485,23 +464,39 @@ def _heat(ax, A, cmap, norm, **kwargs):
     cmap = mpl.colormaps[cmap].with_extremes(bad=COLOURS["light"])
     return ax.imshow(A, cmap=cmap, norm=norm, interpolation="nearest", **kwargs)
 
-# %% ../nbs/01_plot.ipynb #2aa3632c
-def _name_axis(axis, skeleton, groups, size, start=0):
+# %% ../nbs/01_plot.ipynb #03f8e3d0
+def _name_axis(axis, skeleton, groups, size):
     "Joint names along an axis of a heat map, in the order and with lines between the groups."
     order, sides = [v for group in groups for v in group], _sides(skeleton)
-    axis.set_ticks(start + np.arange(len(order)), [skeleton.joints[v] for v in order], fontsize=size)
+    axis.set_ticks(np.arange(len(order)), [skeleton.joints[v] for v in order], fontsize=size)
     axis.set_tick_params(length=0, pad=2)
     for label, v in zip(axis.get_ticklabels(), order):
         label.set_color(BODY_COLOURS[0][sides[v]])
     return order
 
 
-def _separate(line, groups, start=0, **kwargs):
+def _separate(line, groups):
     "Thin lines between groups; line is ax.axhline or ax.axvline."
     for edge in np.cumsum([len(g) for g in groups])[:-1]:
-        line(start + edge - 0.5, color="white", linewidth=0.8, **kwargs)
+        line(edge - 0.5, color="white", linewidth=0.8)
 
 
+def _name_both_axes(ax, skeleton, names, by_limb, font):
+    "Name rows and columns; returns the joints in their order on the axes."
+    order = range(len(names))
+    if isinstance(skeleton, Skeleton):
+        groups = limb_groups(skeleton) if by_limb else (tuple(order),)
+        _name_axis(ax.xaxis, skeleton, groups, font)
+        order = _name_axis(ax.yaxis, skeleton, groups, font)
+        _separate(ax.axhline, groups)
+        _separate(ax.axvline, groups)
+    else:
+        ax.set_xticks(order, names, fontsize=font)
+        ax.set_yticks(order, names, fontsize=font)
+    ax.tick_params(axis="x", labelrotation=90)
+    return list(order)
+
+# %% ../nbs/01_plot.ipynb #d9f10777
 def _matrix_norm(A, vmin, vmax, cmap):
     "Colour range and map of a matrix: signed ones are centred at zero."
     finite = A[np.isfinite(A)]
@@ -510,7 +505,7 @@ def _matrix_norm(A, vmin, vmax, cmap):
         return mpl.colors.Normalize(-vmax, vmax), cmap or SIGNED_CMAP
     return mpl.colors.Normalize(*_limits(A, vmin, vmax)), cmap or MATRIX_CMAP
 
-# %% ../nbs/01_plot.ipynb #f66056c9
+# %% ../nbs/01_plot.ipynb #aeff7ecc
 @_styled
 def draw_adjacency(
     A,  # (V,V), e.g. A_k, G_k or their sum; negative entries turn the colours to signed ones
@@ -528,39 +523,41 @@ def draw_adjacency(
     A = _matrix(A)
     if A.shape[0] != A.shape[1]:
         raise ValueError(f"an adjacency matrix must be square, got shape {A.shape}")
-    names = (
-        skeleton.joints
-        if isinstance(skeleton, Skeleton)
-        else None
-        if skeleton is None
-        else [str(n) for n in skeleton]
-    )
+    names = skeleton.joints if isinstance(skeleton, Skeleton) else None if skeleton is None else [str(n) for n in skeleton]
     if names is not None and len(names) != len(A):
         raise ValueError(f"{len(names)} names for a matrix of shape {A.shape}")
     norm, cmap = _matrix_norm(A, vmin, vmax, cmap)
     side = 1.6 + 0.16 * len(A)
     ax = _axes(ax, (side + 0.6, side))
-    if isinstance(skeleton, Skeleton):
-        groups = limb_groups(skeleton) if by_limb else (tuple(range(len(A))),)
-        _name_axis(ax.xaxis, skeleton, groups, font)
-        order = _name_axis(ax.yaxis, skeleton, groups, font)
-        _separate(ax.axhline, groups)
-        _separate(ax.axvline, groups)
-        A = A[np.ix_(order, order)]
-    elif names is not None:
-        ax.set_xticks(range(len(A)), names, fontsize=font)
-        ax.set_yticks(range(len(A)), names, fontsize=font)
-    _heat(ax, A, cmap, norm)
     if names is not None:
-        ax.tick_params(axis="x", labelrotation=90)
+        order = _name_both_axes(ax, skeleton, names, by_limb, font)
+        A = A[np.ix_(order, order)]
+    _heat(ax, A, cmap, norm)
     ax.spines[:].set_visible(False)
-    if title:
-        ax.set_title(title)
-    if colour_bar is not None:
-        _colour_bar(ax, norm, cmap, colour_bar)
-    return ax
+    return _finish(ax, title, norm, cmap, colour_bar)
 
-# %% ../nbs/01_plot.ipynb #78d81ef2
+# %% ../nbs/01_plot.ipynb #b6ec2cb6
+def _focus_rows(Q, groups):
+    "Q (M,T,V) as rows (bodies × V, T), limb by limb, of the bodies that are not zero throughout; and the numbers of those bodies."
+    kept = [m for m in range(len(Q)) if (Q[m] != 0).any()] or [0]
+    order = [v for group in groups for v in group]
+    return _matrix(np.concatenate([Q[m].T[order] for m in kept]), "Q"), kept
+
+
+def _name_focus_rows(ax, skeleton, groups, kept, font):
+    "Joint names at the rows of each body in the colours of their sides, lines between limbs, a darker one between bodies."
+    order, sides = [v for group in groups for v in group], _sides(skeleton)
+    names = [skeleton.joints[v] if len(kept) == 1 else f"{skeleton.joints[v]} ({m + 1})" for m in kept for v in order]
+    ax.set_yticks(range(len(names)), names, fontsize=font)
+    ax.tick_params(axis="y", length=0, pad=2)
+    for label, v in zip(ax.get_yticklabels(), order * len(kept)):
+        label.set_color(BODY_COLOURS[0][sides[v]])
+    V = len(order)
+    for b in range(len(kept)):
+        for edge in np.cumsum([len(g) for g in groups])[: -1 if b == len(kept) - 1 else None]:
+            ax.axhline(b * V + edge - 0.5, color=COLOURS["dark" if edge == V else "light"], linewidth=0.8)
+
+# %% ../nbs/01_plot.ipynb #3c23b404
 @_styled
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, or any value for each frame and joint
@@ -586,43 +583,26 @@ def draw_focus(
             f"Q must be (T,V) or (M,T,V) with V = {skeleton.num_joints} ({skeleton.name}); got shape {Q.shape}"
         )
     Q = Q.reshape((-1, *Q.shape[-2:]))
-    kept = [m for m in range(len(Q)) if (Q[m] != 0).any()] or [0]
     groups = limb_groups(skeleton) if by_limb else (tuple(range(skeleton.num_joints)),)
-    order = [v for group in groups for v in group]
-    rows = _matrix(np.concatenate([Q[m].T[order] for m in kept]), "Q")
+    rows, kept = _focus_rows(Q, groups)
     norm = mpl.colors.Normalize(*_limits(rows, vmin, vmax))
-    T, V = Q.shape[1:]
     ax = _axes(ax, (6.5, 1 + 0.12 * len(rows)))
-    _heat(ax, rows, cmap, norm, aspect="auto", extent=(0, T / (fps or 1), len(rows) - 0.5, -0.5))
-    joints, sides = [skeleton.joints[v] for v in order], _sides(skeleton)
-    labels = [name if len(kept) == 1 else f"{name} ({m + 1})" for m in kept for name in joints]
-    ax.set_yticks(range(len(rows)), labels, fontsize=font)
-    ax.tick_params(axis="y", length=0, pad=2)
-    for label, v in zip(ax.get_yticklabels(), order * len(kept)):
-        label.set_color(BODY_COLOURS[0][sides[v]])
-    for b in range(len(kept)):
-        for edge in np.cumsum([len(g) for g in groups])[: -1 if b == len(kept) - 1 else None]:
-            ax.axhline(b * V + edge - 0.5, color=COLOURS["dark" if edge == V else "light"], linewidth=0.8)
+    _heat(ax, rows, cmap, norm, aspect="auto", extent=(0, Q.shape[1] / (fps or 1), len(rows) - 0.5, -0.5))
+    _name_focus_rows(ax, skeleton, groups, kept, font)
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=not fps))
     ax.set(xlabel="time (s)" if fps else "frame", title=title or "")
-    if colour_bar is not None:
-        _colour_bar(ax, norm, cmap, colour_bar)
-    return ax
+    return _finish(ax, None, norm, cmap, colour_bar)
 
-# %% ../nbs/01_plot.ipynb #10ce0d8b
+# %% ../nbs/01_plot.ipynb #c5a29018
 def _named_series(difference, column):
     "The Series of a Series, dict or DataFrame column; ValueError if there is no such number."
     if isinstance(difference, pd.DataFrame):
         numeric = list(difference.columns[[pd.api.types.is_numeric_dtype(t) for t in difference.dtypes]])
-        column = column or (
-            "difference" if "difference" in numeric else numeric[0] if len(numeric) == 1 else None
-        )
+        column = column or ("difference" if "difference" in numeric else numeric[0] if len(numeric) == 1 else None)
+        if column is None:
+            raise ValueError(f"name the column to draw: one of {numeric}")
         if column not in numeric:
-            raise ValueError(
-                f"name the column to draw: one of {numeric}"
-                if column is None
-                else f"no numeric column {column!r}; there are {numeric}"
-            )
+            raise ValueError(f"no numeric column {column!r}; there are {numeric}")
         difference = difference[column]
     try:
         series = pd.Series(difference, dtype=float).dropna()
@@ -632,7 +612,7 @@ def _named_series(difference, column):
         raise ValueError("class differences must be finite numbers by class name, at least one")
     return series
 
-# %% ../nbs/01_plot.ipynb #2e45ffdb
+# %% ../nbs/01_plot.ipynb #f6d81a6c
 @_styled
 def draw_class_difference(
     difference,  # Series, dict or DataFrame: class name -> difference in percentage points
@@ -664,22 +644,62 @@ def draw_class_difference(
     ax.tick_params(axis="y" if horizontal else "x", length=0)
     ax.spines["left" if horizontal else "bottom"].set_visible(False)
     if horizontal if numbers is None else numbers:
-        ax.bar_label(
-            bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2, rotation=0 if horizontal else 90
-        )
+        ax.bar_label(bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2, rotation=0 if horizontal else 90)
         ax.margins(**{"x" if horizontal else "y": 0.12})
     if title:
         ax.set_title(title)
     return ax
 
-# %% ../nbs/01_plot.ipynb #ddf01c22
+# %% ../nbs/01_plot.ipynb #7dc76f81
 HISTORY_PANELS = {  # title: columns and their line styles
     "total loss": {"loss": "-"}, "cross-entropy": {"ce": "-"},
     "exploration $L_e$": {"e": "-"}, "divergence $L_d$": {"d": "-"}, "coherence $L_c$": {"c": "-"}, "adjacency $L_{G_k}$": {"g": "-"},
     "top-1": {"train_top1": ":", "val_top1": "--", "test_top1": "-"}, "learning rate": {"lr": "-"},
 }  # fmt: skip
 
+# %% ../nbs/01_plot.ipynb #2be95542
+def _history_panels(runs):
+    "HISTORY_PANELS without the columns that no run has. ValueError for a run without epochs, or if nothing is left."
+    for name, run in runs.items():
+        if not isinstance(run, pd.DataFrame) or not len(run):
+            raise ValueError(f"history {name!r} must be a DataFrame with at least one epoch")
+    has = lambda column: any(c == column and run[c].notna().any() for run in runs.values() for c in run)
+    panels = {t: {c: s for c, s in cs.items() if has(c)} for t, cs in HISTORY_PANELS.items()}
+    panels = {t: cs for t, cs in panels.items() if cs}
+    if not panels:
+        known = [c for cs in HISTORY_PANELS.values() for c in cs]
+        raise ValueError(f"history has none of the columns {', '.join(known)}")
+    return panels
 
+# %% ../nbs/01_plot.ipynb #67144e03
+def _history_lines(ax, run, lines, colour, name):
+    "One run's lines in one panel; a single epoch is a dot."
+    epochs = pd.Series(run["epoch"] if "epoch" in run else run.index)
+    for column, style in lines.items():
+        if column in run:
+            known = run[column].notna().to_numpy()
+            x, y = epochs.to_numpy()[known], run[column].to_numpy(dtype=float)[known]
+            if len(x):
+                ax.plot(x, y, style, color=colour, marker="o" if len(x) == 1 else None, markersize=3, label=name or column)
+
+# %% ../nbs/01_plot.ipynb #5e564921
+def _history_axes(ax, panel, lines):
+    "Title, epochs, and what the panels of the learning rate and of top-1 need besides."
+    ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    ax.set(title=panel, xlabel="epoch")
+    if panel == "learning rate" and min(line.get_ydata().min() for line in ax.lines) > 0:
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+        rates = sorted({float(f"{rate:.3g}") for line in ax.lines for rate in line.get_ydata()})
+        if len(rates) <= 5:  # steps: each by its value
+            ax.set_yticks(rates, [f"{rate:g}" for rate in rates])
+    if panel == "top-1":
+        if max(line.get_ydata().max() for line in ax.lines) <= 1:
+            ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
+        styles = [mpl.lines.Line2D([], [], color=COLOURS["dark"], linestyle=s) for s in lines.values()]
+        ax.legend(styles, [c.removesuffix("_top1") for c in lines], loc="lower right")
+
+# %% ../nbs/01_plot.ipynb #aaebff4b
 @_styled
 def draw_history(
     history,  # DataFrame with a row an epoch, or {run name: DataFrame}
@@ -692,67 +712,53 @@ def draw_history(
     epoch or no known column.
     """
     runs = history if isinstance(history, dict) else {"": history}
-    for name, run in runs.items():
-        if not isinstance(run, pd.DataFrame) or not len(run):
-            raise ValueError(f"history {name!r} must be a DataFrame with at least one epoch")
-    has = lambda column: any(c == column and run[c].notna().any() for run in runs.values() for c in run)
-    panels = {t: {c: s for c, s in cs.items() if has(c)} for t, cs in HISTORY_PANELS.items()}
-    panels = {t: cs for t, cs in panels.items() if cs}
-    if not panels:
-        known = [c for cs in HISTORY_PANELS.values() for c in cs]
-        raise ValueError(f"history has none of the columns {', '.join(known)}")
+    panels = _history_panels(runs)
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(2.5 * columns, 2 * rows + 0.3), layout="constrained", squeeze=False
-    )
+    fig, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2 * rows + 0.3), layout="constrained", squeeze=False)
     for ax in axes.flat[len(panels) :]:
         ax.remove()
+    colours = {name: LINE_COLOURS[r % len(LINE_COLOURS)] for r, name in enumerate(runs)}
     for ax, (panel, lines) in zip(axes.flat, panels.items()):
-        for r, (name, run) in enumerate(runs.items()):
-            _history_lines(ax, run, lines, LINE_COLOURS[r % len(LINE_COLOURS)], name, len(runs) > 1)
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        ax.set(title=panel, xlabel="epoch")
-        if panel == "learning rate" and min(line.get_ydata().min() for line in ax.lines) > 0:
-            ax.set_yscale("log")
-            ax.yaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-            rates = sorted({float(f"{rate:.3g}") for line in ax.lines for rate in line.get_ydata()})
-            if len(rates) <= 5:  # steps: each by its value
-                ax.set_yticks(rates, [f"{rate:g}" for rate in rates])
-        if panel == "top-1":
-            if max(line.get_ydata().max() for line in ax.lines) <= 1:
-                ax.yaxis.set_major_formatter(mpl.ticker.PercentFormatter(1, decimals=0))
-            ax.legend([mpl.lines.Line2D([], [], color=COLOURS["dark"], linestyle=s) for s in lines.values()],
-                      [c.removesuffix("_top1") for c in lines], loc="lower right")  # fmt: skip
+        for name, run in runs.items():
+            _history_lines(ax, run, lines, colours[name], name if len(runs) > 1 else None)
+        _history_axes(ax, panel, lines)
     if len(runs) > 1:
-        handles = [
-            mpl.lines.Line2D([], [], color=LINE_COLOURS[r % len(LINE_COLOURS)]) for r in range(len(runs))
-        ]
+        handles = [mpl.lines.Line2D([], [], color=colour) for colour in colours.values()]
         fig.legend(handles, list(runs), loc="outside lower center", ncols=min(len(runs), 4))
     if title:
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #31749d50
-def _history_lines(ax, run, lines, colour, name, many):
-    "One run's lines in one panel; a single epoch is a dot."
-    epochs = pd.Series(run["epoch"] if "epoch" in run else run.index)
-    for column, style in lines.items():
-        if column in run:
-            known = run[column].notna().to_numpy()
-            x, y = epochs.to_numpy()[known], run[column].to_numpy(dtype=float)[known]
-            if len(x):
-                ax.plot(
-                    x,
-                    y,
-                    style,
-                    color=colour,
-                    marker="o" if len(x) == 1 else None,
-                    markersize=3,
-                    label=name if many else column,
-                )
+# %% ../nbs/01_plot.ipynb #4dff4737
+def _named_matrix(matrix, classes):
+    "A square matrix (K,K), its K names, and which of them to draw. ValueError if names and matrix don't agree."
+    if isinstance(matrix, pd.DataFrame):
+        if list(matrix.index) != list(matrix.columns):
+            raise ValueError("rows and columns of a confusion matrix must name the same classes in the same order")
+        names, matrix = [str(c) for c in matrix.index], matrix.to_numpy()
+        for c in () if classes is None else classes:
+            if str(c) not in names:
+                raise ValueError(f"no class {c!r} in the confusion matrix")
+        chosen = range(len(names)) if classes is None else [names.index(str(c)) for c in classes]
+    else:
+        matrix = _array(matrix, "matrix")
+        names = [str(c) for c in (range(len(matrix)) if classes is None else classes)]
+        chosen = range(len(names))
+    matrix = _matrix(matrix, "the confusion matrix")
+    if matrix.shape != (len(names),) * 2 or (matrix < 0).any():
+        raise ValueError(
+            f"a confusion matrix holds numbers ≥ 0 for {len(names)} × {len(names)} classes; got shape {matrix.shape}"
+        )
+    return matrix, names, chosen
 
-# %% ../nbs/01_plot.ipynb #4c9b6335
+# %% ../nbs/01_plot.ipynb #497b7f56
+def _row_shares(counts):
+    "Each row in per cent of its sum; NaN where a class has no clip."
+    total = counts.sum(1, keepdims=True)
+    return np.divide(100 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+
+# %% ../nbs/01_plot.ipynb #0f69241d
 @_styled
 def draw_confusion(
     matrix,  # (K,K) DataFrame, rows true and columns predicted classes; or an array with `classes`
@@ -766,52 +772,25 @@ def draw_confusion(
 
     Raises ValueError if it is not square, has other names in its rows than in its columns, or negative entries.
     """
-    if isinstance(matrix, pd.DataFrame):
-        if list(matrix.index) != list(matrix.columns):
-            raise ValueError(
-                "rows and columns of a confusion matrix must name the same classes in the same order"
-            )
-        names, matrix = [str(c) for c in matrix.index], matrix.to_numpy()
-        chosen = (
-            range(len(names))
-            if classes is None
-            else [names.index(c) if c in names else -1 for c in map(str, classes)]
-        )
-        if -1 in chosen:
-            raise ValueError(f"no class {list(classes)[list(chosen).index(-1)]!r} in the confusion matrix")
-    else:
-        matrix = _array(matrix, "matrix")
-        names = [str(c) for c in (range(len(matrix)) if classes is None else classes)]
-        chosen = range(len(names))
-    counts = _matrix(matrix, "the confusion matrix")
-    if counts.shape != (len(names),) * 2 or (counts < 0).any():
-        raise ValueError(
-            f"a confusion matrix holds numbers ≥ 0 for {len(names)} × {len(names)} classes; got shape {counts.shape}"
-        )
-    if share:
-        total = counts.sum(1, keepdims=True)
-        counts = np.divide(100 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    counts, names, chosen = _named_matrix(matrix, classes)
+    counts = _row_shares(counts) if share else counts
     counts, names = counts[np.ix_(chosen, chosen)], [names[i] for i in chosen]
     K = len(names)
     norm = mpl.colors.Normalize(0, 100 if share else _limits(counts)[1])
     ax = _axes(ax, (2.6 + 0.24 * K, 1.8 + 0.24 * K) if K <= 30 else (2 + 0.12 * K, 1.5 + 0.12 * K))
     _heat(ax, counts, "Blues", norm)
-    font = 7 if K <= 30 else 5
-    ax.set_xticks(range(K), names, rotation=90, fontsize=font)
-    ax.set_yticks(range(K), names, fontsize=font)
+    ax.set_xticks(range(K), names, rotation=90, fontsize=7 if K <= 30 else 5)
+    ax.set_yticks(range(K), names, fontsize=7 if K <= 30 else 5)
     ax.tick_params(length=0, pad=2)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted", ylabel="true")
     if K <= 20 if numbers is None else numbers:
         for i, j in zip(*np.nonzero(np.nan_to_num(counts) >= 0.5)):
-            ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6,
-                    color="white" if norm(counts[i, j]) > 0.55 else COLOURS["dark"])  # fmt: skip
-    if title:
-        ax.set_title(title)
-    _colour_bar(ax, norm, "Blues", "per cent of the true class" if share else "clips")
-    return ax
+            colour = "white" if norm(counts[i, j]) > 0.55 else COLOURS["dark"]
+            ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6, color=colour)
+    return _finish(ax, title, norm, "Blues", "per cent of the true class" if share else "clips")
 
-# %% ../nbs/01_plot.ipynb #14802f24
+# %% ../nbs/01_plot.ipynb #152adae3
 def _panels(joints, skeleton, values, visible, titles, view):
     "One (joints, skeleton, values, visible, title, view) for each panel. A list or tuple of clips means panels."
     many = isinstance(joints, (list, tuple)) and len(joints) > 0 and all(np.ndim(j) >= 3 for j in joints)
@@ -828,7 +807,7 @@ def _panels(joints, skeleton, values, visible, titles, view):
     return list(zip(clips, spread(skeleton, "skeletons"), spread(values, "values"), spread(visible, "visibilities"),
                     spread(titles, "titles"), spread(view, "views", list)))  # fmt: skip
 
-
+# %% ../nbs/01_plot.ipynb #14566c2c
 def _turned(joints, view):
     "(M,T,V,C) -> (M,T,V,2) from one view, or turning steadily from view[0] to view[1] degrees."
     if isinstance(view, tuple):
@@ -838,7 +817,19 @@ def _turned(joints, view):
         return np.stack([_project(joints[:, t], float(a)) for t, a in enumerate(angles)], 1)
     return _project(joints, view)
 
-# %% ../nbs/01_plot.ipynb #a5a07486
+# %% ../nbs/01_plot.ipynb #747b61d1
+def _trail(points, drawn, joints, t, length):
+    "Line segments (2,2) of the last `length` frames before t of chosen joints of points (M,T,V,2), and each one's strength in 0..1."
+    lines, fade = [], []
+    for s in range(max(1, t - length + 1), t + 1):
+        for m in range(len(points)):
+            for v in joints:
+                if drawn[m, s - 1, v] and drawn[m, s, v]:
+                    lines.append(points[m, s - 1 : s + 1, v])
+                    fade.append(1 - (t - s) / length)
+    return lines, fade
+
+# %% ../nbs/01_plot.ipynb #4cb693b5
 class _Movie:
     "One panel of an animation: a clip and the artists that show a frame of it."
 
@@ -863,22 +854,30 @@ class _Movie:
     def show(self, frame):
         "Fill the artists with a frame; a clip that has ended stays at its last."
         t = min(frame, self.length - 1)
-        artists = self.picture.show(
-            self.points[:, t], self.drawn[:, t], None if self.values is None else self.values[:, t]
-        )
+        values = None if self.values is None else self.values[:, t]
+        artists = self.picture.show(self.points[:, t], self.drawn[:, t], values)
         if self.trail:
-            lines, fade = [], []
-            for s in range(max(1, t - self.trail_frames + 1), t + 1):
-                for m in range(len(self.points)):
-                    for v in self.trail:
-                        if self.drawn[m, s - 1, v] and self.drawn[m, s, v]:
-                            lines.append(self.points[m, s - 1 : s + 1, v])
-                            fade.append(1 - (t - s) / self.trail_frames)
+            lines, fade = _trail(self.points, self.drawn, self.trail, t, self.trail_frames)
             self.paths.set_segments(lines)
             self.paths.set_color([mpl.colors.to_rgba(COLOURS["green"], 0.9 * a) for a in fade])
         return [*artists, self.paths]
 
-# %% ../nbs/01_plot.ipynb #24bb7817
+# %% ../nbs/01_plot.ipynb #85c60df8
+def _movie_axes(movies, height, norm, cmap, colour_bar):
+    "A figure with an axes for each movie and, if wanted, a colour bar: figure, axes."
+    shapes = [np.clip(np.divide(*np.ptp(m.box, axis=0)), 0.35, 4.0) for m in movies]
+    bar = bool(colour_bar and norm)
+    fig = plt.figure(figsize=(height * sum(shapes) + 0.2 * (len(movies) - 1) + 0.8 * bar, height + 0.3))
+    inch = 1 / fig.get_size_inches()[0]
+    left, right = 0.02, 1 - 0.85 * inch if bar else 0.98
+    place = {"left": left, "right": right, "bottom": 0.07, "top": 0.91, "wspace": 0.05}
+    axes = fig.subplots(1, len(movies), squeeze=False, width_ratios=shapes, gridspec_kw=place)[0]
+    if bar:
+        side = fig.add_axes((right + 0.01, 0.2, 0.12 * inch, 0.6))
+        fig.colorbar(mpl.cm.ScalarMappable(norm, cmap), cax=side, label=colour_bar).outline.set_visible(False)
+    return fig, axes
+
+# %% ../nbs/01_plot.ipynb #3e3a53ba
 @_styled
 def animate(
     joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
@@ -910,27 +909,13 @@ def animate(
     if not isinstance(step, (int, np.integer)) or isinstance(step, bool) or step < 1:
         raise ValueError(f"step must be an integer ≥ 1, got {step!r}")
     trail = [trail] if isinstance(trail, str) else trail
-    movies = [
-        _Movie(*panel, y_down, trail, trail_frames)
-        for panel in _panels(joints, skeleton, values, visible, titles, view)
-    ]
+    panels = _panels(joints, skeleton, values, visible, titles, view)
+    movies = [_Movie(*panel, y_down, trail, trail_frames) for panel in panels]
     valued = [m.values[m.drawn] for m in movies if m.values is not None]
     norm = mpl.colors.Normalize(*_limits(np.concatenate(valued), vmin, vmax)) if valued else None
-    shapes = [np.clip(np.divide(*np.ptp(m.box, axis=0)), 0.35, 4.0) for m in movies]
-    fig = plt.figure(
-        figsize=(
-            height * sum(shapes) + 0.2 * (len(movies) - 1) + 0.8 * bool(colour_bar and norm),
-            height + 0.3,
-        )
-    )
-    left, right = 0.02, 0.98 if not (colour_bar and norm) else 1 - 0.85 / fig.get_size_inches()[0]
-    axes = fig.subplots(1, len(movies), squeeze=False, width_ratios=shapes,
-                        gridspec_kw={"left": left, "right": right, "bottom": 0.07, "top": 0.91, "wspace": 0.05})[0]  # fmt: skip
+    fig, axes = _movie_axes(movies, height, norm, cmap, colour_bar)
     for movie, ax in zip(movies, axes):
         movie.start(ax, size, norm, cmap)
-    if colour_bar and norm:
-        side = fig.add_axes((right + 0.01, 0.2, 0.12 / fig.get_size_inches()[0], 0.6))
-        fig.colorbar(mpl.cm.ScalarMappable(norm, cmap), cax=side, label=colour_bar).outline.set_visible(False)
     time = fig.text(0.5, 0.01, "", ha="center", fontsize=8, color=COLOURS["dark"])
 
     def show(frame):
@@ -939,11 +924,9 @@ def animate(
 
     frames = range(0, max(m.length for m in movies), step)
     show(0)
-    return animation.FuncAnimation(
-        fig, show, frames=frames, interval=1000 * step / fps, blit=False, cache_frame_data=False
-    )
+    return animation.FuncAnimation(fig, show, frames=frames, interval=1000 * step / fps, blit=False, cache_frame_data=False)
 
-# %% ../nbs/01_plot.ipynb #1b4e2226
+# %% ../nbs/01_plot.ipynb #0d184607
 class AnimationHTML(str):
     "HTML that notebooks show as a picture; its own text stays out of the stored output."
 
@@ -953,7 +936,7 @@ class AnimationHTML(str):
     def __repr__(self):
         return f"<animation, {len(self) / 1000:.0f} kB>"
 
-# %% ../nbs/01_plot.ipynb #ba7d061b
+# %% ../nbs/01_plot.ipynb #a917e374
 class _GifWriter(animation.PillowWriter):
     "One palette of 128 colours for the whole GIF, without dithering: half the size of a palette for each frame."
 
@@ -970,7 +953,7 @@ class _GifWriter(animation.PillowWriter):
         self._frames = [frame.quantize(palette=palette, dither=0) for frame in frames]
         super().finish()
 
-# %% ../nbs/01_plot.ipynb #61d9a58d
+# %% ../nbs/01_plot.ipynb #4329b1c6
 class _PageWriter(animation.AbstractMovieWriter):
     "Collects the frames as PNGs and writes a page that plays them, without any other file or address."
 
@@ -1008,7 +991,7 @@ show(0); play(true);
         text = self.page.format(frames=frames, last=len(self.frames) - 1, delay=round(1000 / self.fps))
         Path(self.outfile).write_text(text, encoding="utf-8")
 
-# %% ../nbs/01_plot.ipynb #d282734c
+# %% ../nbs/01_plot.ipynb #bee65158
 def save_animation(
     anim,  # what `animate` returned
     path,  # ends in .gif, .html or .mp4
@@ -1043,7 +1026,7 @@ def save_animation(
         Path(aside).unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_plot.ipynb #2a091bdb
+# %% ../nbs/01_plot.ipynb #d8d15ae5
 def animation_html(
     anim,  # what `animate` returned
     dpi: int = 110,  # dots an inch
@@ -1057,20 +1040,35 @@ def animation_html(
             data = save_animation(anim, Path(folder) / "a.gif", dpi=round(dpi * scale)).read_bytes()
             if len(data) * 4 / 3 <= limit * 1000:
                 alt = alt.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-                return AnimationHTML(
-                    f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(data).decode()}">'
-                )
-    raise ValueError(
-        f"the animation takes {len(data) * 4 / 3000:.0f} kB, more than limit={limit}: show fewer frames (step=2)"
-    )
+                return AnimationHTML(f'<img alt="{alt}" src="data:image/gif;base64,{base64.b64encode(data).decode()}">')
+    raise ValueError(f"the animation takes {len(data) * 4 / 3000:.0f} kB, more than limit={limit}: show fewer frames (step=2)")
 
-# %% ../nbs/01_plot.ipynb #e50a2c1c
+# %% ../nbs/01_plot.ipynb #bd48f993
 def _oblique(points, time):
     "Page coordinates (…,2) of points (…,2) in planes that stand one behind another along `time`."
     across, up = points[..., 0], points[..., 1]
     return np.stack([time + 0.62 * across, up + 0.2 * across - 0.12 * time], -1)
 
-# %% ../nbs/01_plot.ipynb #9d902b19
+# %% ../nbs/01_plot.ipynb #3d85df33
+def _joint_traces(ax, page, drawn, Q, norm, cmap, times, zorder):
+    "The way of each joint from frame to frame, coloured and opaque by focus; where there is none, nothing."
+    times = np.asarray(times)
+    value = np.nan_to_num((Q[:, times + 1] + Q[:, times]) / 2)
+    share = np.clip(norm(value).data, 0, 1)
+    shown = drawn[:, times + 1] & drawn[:, times] & (share > 0.05)
+    lines = np.stack([page[:, times][shown], page[:, times + 1][shown]], 1)
+    colours = mpl.colormaps[cmap](share[shown])
+    colours[:, 3] = 0.2 + 0.6 * share[shown]
+    ax.add_collection(LineCollection(lines, colors=colours, linewidths=1.6, zorder=zorder), autolim=False)
+
+# %% ../nbs/01_plot.ipynb #582e036d
+def _slice(ax, corners, zorder):
+    "A pane, white and half clear, with a thin edge."
+    for looks in ({"facecolor": "white", "alpha": 0.4, "edgecolor": "none"},
+                  {"facecolor": "none", "edgecolor": COLOURS["light"], "linewidth": 0.6}):  # fmt: skip
+        ax.add_patch(mpl.patches.Polygon(corners, zorder=zorder, **looks))
+
+# %% ../nbs/01_plot.ipynb #4623e824
 @_styled
 def draw_focus_volume(
     joints,  # (T,V,C) or (M,T,V,C)
@@ -1106,51 +1104,19 @@ def draw_focus_volume(
     box = _frame_limits(corners.reshape(-1, 2), 0.01)
     ax = _axes(ax, (9, np.clip(9 * np.divide(*np.ptp(box, axis=0)[::-1]) + 0.5, 1.5, 9)))
     for i, t in enumerate(chosen):
-        ax.add_patch(
-            mpl.patches.Polygon(corners[i], facecolor="white", alpha=0.4, edgecolor="none", zorder=10 * i)
-        )
-        ax.add_patch(
-            mpl.patches.Polygon(
-                corners[i], facecolor="none", edgecolor=COLOURS["light"], linewidth=0.6, zorder=10 * i
-            )
-        )
+        _slice(ax, corners[i], 10 * i)
         picture = _Bodies(ax, skeleton, True, size, norm, cmap)
         picture.show(page[:, t], drawn[:, t], Q[:, t])
         picture.bones.set_zorder(10 * i + 1)
         picture.joints.set_zorder(10 * i + 2)
-        label = f"{t / fps:.2f} s" if fps else f"{t}" if i else f"frame {t}"
-        ax.annotate(
-            label,
-            corners[i, 0],
-            xytext=(0, -4),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            fontsize=7,
-        )
+        _label_frame(ax, corners[i, 0], t, i == 0, fps, below=4)
         if i + 1 < len(chosen):
             _joint_traces(ax, page, drawn, Q, norm, cmap, range(t, chosen[i + 1]), 10 * i + 3)
     ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal")
     ax.axis("off")
-    if title:
-        ax.set_title(title)
-    if colour_bar is not None:
-        _colour_bar(ax, norm, cmap, colour_bar, shrink=0.6)
-    return ax
+    return _finish(ax, title, norm, cmap, colour_bar, shrink=0.6)
 
-# %% ../nbs/01_plot.ipynb #5f73ddf0
-def _joint_traces(ax, page, drawn, Q, norm, cmap, times, zorder):
-    "The way of each joint from frame to frame, coloured and opaque by focus; where there is none, nothing."
-    times = np.asarray(times)
-    value = np.nan_to_num((Q[:, times + 1] + Q[:, times]) / 2)
-    share = np.clip(norm(value).data, 0, 1)
-    shown = drawn[:, times + 1] & drawn[:, times] & (share > 0.05)
-    lines = np.stack([page[:, times][shown], page[:, times + 1][shown]], 1)
-    colours = mpl.colormaps[cmap](share[shown])
-    colours[:, 3] = 0.2 + 0.6 * share[shown]
-    ax.add_collection(LineCollection(lines, colors=colours, linewidths=1.6, zorder=zorder), autolim=False)
-
-# %% ../nbs/01_plot.ipynb #61261dea
+# %% ../nbs/01_plot.ipynb #7aaffe5f
 @_styled
 def draw_focus_parts(
     joints,  # (T,V,C) one body
@@ -1172,34 +1138,16 @@ def draw_focus_parts(
         "when: frames weighted, all joints alike": when,
         "where and when: spatio-temporal focus": Q,
     }
-    return _strips(joints, skeleton, rows, frames, visible, view, y_down, title, scale=True)
-
-
-def _strips(joints, skeleton, rows, frames, visible, view, y_down, title, scale=False, cmap=FOCUS_CMAP):
-    "Strips one under another, one for each {title: values} of `rows` (values may be a pair (joints, values))."
-    fig, axes = plt.subplots(len(rows), 1, figsize=(9, 2.3 * len(rows)), layout="constrained", squeeze=False)
-    for ax, (name, values) in zip(axes[:, 0], rows.items()):
-        shown, values = values if isinstance(values, tuple) else (joints, values)
-        top = np.nanmax(values) if scale and np.isfinite(values).any() else 1.0
-        draw_strip(
-            shown,
-            skeleton,
-            frames,
-            values / top if top > 0 else values,
-            visible,
-            ax,
-            view,
-            vmin=0,
-            vmax=1,
-            cmap=cmap,
-            y_down=y_down,
-        )
+    fig, axes = plt.subplots(3, 1, figsize=(9, 6.9), layout="constrained")
+    for ax, (name, values) in zip(axes, rows.items()):
+        top = np.nanmax(values) if np.isfinite(values).any() else 0.0
+        draw_strip(joints, skeleton, frames, values / top if top > 0 else values, visible, ax, view, vmin=0, vmax=1, y_down=y_down)
         ax.set_title(name, loc="left", fontsize=9)
     if title:
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #41d50ee8
+# %% ../nbs/01_plot.ipynb #a3143adf
 @_styled
 def draw_masked_input(
     joints,  # (T,V,C) or (M,T,V,C)
@@ -1236,7 +1184,23 @@ def draw_masked_input(
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #017a366e
+# %% ../nbs/01_plot.ipynb #109aec9c
+def _strongest_links(A, drawn, top, strongest=None):
+    "The `top` strongest pairs (i, j) of drawn joints in a matrix (V,V) made symmetric: i, j, strength, share of the strongest in 0..1."
+    i, j = np.triu_indices(len(A), 1)
+    strength = np.nan_to_num((A + A.T) / 2)[i, j] * (drawn[i] & drawn[j])
+    chosen = np.array([n for n in np.argsort(-np.abs(strength), kind="stable")[:top] if strength[n] != 0], dtype=int)
+    share = np.clip(np.abs(strength[chosen]) / (strongest or max(np.abs(strength).max(), 1e-12)), 0, 1)
+    return i[chosen], j[chosen], strength[chosen], share
+
+
+def _arc(a, b, bend, n=12):
+    "Points (n,2) on a slightly bent way from a to b, so that far links don't hide in the bones."
+    s = np.linspace(0, 1, n)[:, None]
+    side = np.array([a[1] - b[1], b[0] - a[0]]) * bend
+    return a + s * (b - a) + 4 * s * (1 - s) * side
+
+# %% ../nbs/01_plot.ipynb #c20a3df5
 @_styled
 def draw_links(
     joints,  # (V,C) one body
@@ -1262,33 +1226,16 @@ def draw_links(
     body, drawn, _ = _bodies(joints, skeleton, "MVC")
     if body.shape[:2] != (1, 1) or not drawn.any():
         raise ValueError(f"links are drawn over one visible body (V,C), got shape {np.shape(joints)}")
-    ax = draw_skeleton(
-        joints, skeleton, ax, values=np.zeros(V), view=view, title=title, size=14, y_down=y_down, cmap="Greys"
-    )
+    ax = draw_skeleton(joints, skeleton, ax, values=np.zeros(V), view=view, title=title, size=14, y_down=y_down, cmap="Greys")
     points = _project(_flip(body[0, 0], skeleton, y_down), view)
-    i, j = np.triu_indices(V, 1)
-    strength = np.nan_to_num((A + A.T) / 2)[i, j] * (drawn[0, 0, i] & drawn[0, 0, j])
-    chosen = [n for n in np.argsort(-np.abs(strength), kind="stable")[:top] if strength[n] != 0]
-    share = np.clip(np.abs(strength[chosen]) / (strongest or max(np.abs(strength).max(), 1e-12)), 0, 1)
-    colours = [
-        mpl.colors.to_rgba(COLOURS["blue" if strength[n] > 0 else "vermillion"], 0.15 + 0.75 * s)
-        for n, s in zip(chosen, share)
-    ]
+    i, j, strength, share = _strongest_links(A, drawn[0, 0], top, strongest)
+    colours = [mpl.colors.to_rgba(COLOURS["blue" if x > 0 else "vermillion"], 0.15 + 0.75 * s) for x, s in zip(strength, share)]
     bone = skeleton.adjacency() > 0
-    lines = [_arc(points[i[n]], points[j[n]], 0.0 if bone[i[n], j[n]] else 0.12) for n in chosen]
-    ax.add_collection(
-        LineCollection(lines, colors=colours, linewidths=0.3 + 2.2 * share, zorder=2.5), autolim=False
-    )
+    lines = [_arc(points[a], points[b], 0.0 if bone[a, b] else 0.12) for a, b in zip(i, j)]
+    ax.add_collection(LineCollection(lines, colors=colours, linewidths=0.3 + 2.2 * share, zorder=2.5), autolim=False)
     return ax
 
-
-def _arc(a, b, bend, n=12):
-    "Points (n,2) on a slightly bent way from a to b, so that far links don't hide in the bones."
-    s = np.linspace(0, 1, n)[:, None]
-    side = np.array([a[1] - b[1], b[0] - a[0]]) * bend
-    return a + s * (b - a) + 4 * s * (1 - s) * side
-
-# %% ../nbs/01_plot.ipynb #774ca1b6
+# %% ../nbs/01_plot.ipynb #18b632c9
 @_styled
 def draw_connections(
     poses,  # n poses (V,C), one for each column, e.g. the middle frame of a clip
@@ -1303,9 +1250,7 @@ def draw_connections(
     if not poses or not rows or (titles is not None and len(titles) != len(poses)):
         raise ValueError("give at least one pose and one row, and as many titles as poses")
     n = len(poses)
-    fig, axes = plt.subplots(
-        len(rows), n, figsize=(2.4 * n + 0.4, 2.7 * len(rows)), layout="constrained", squeeze=False
-    )
+    fig, axes = plt.subplots(len(rows), n, figsize=(2.4 * n + 0.4, 2.7 * len(rows)), layout="constrained", squeeze=False)
     for line, (name, A) in zip(axes, rows.items()):
         A = _array(A, name)
         if A.ndim not in (2, 3) or (A.ndim == 3 and len(A) != n):
@@ -1314,22 +1259,12 @@ def draw_connections(
         between = np.nan_to_num((A + A.swapaxes(1, 2)) / 2) * (1 - np.eye(A.shape[-1]))
         strongest = max(np.abs(between).max(initial=0), 1e-12)
         for c, ax in enumerate(line):
-            draw_links(
-                poses[c],
-                A[c],
-                skeleton,
-                ax,
-                top,
-                strongest,
-                y_down=y_down,
-                title=None if titles is None or ax not in axes[0] else titles[c],
-            )
-        line[0].text(
-            -0.08, 0.5, name, rotation=90, va="center", ha="right", transform=line[0].transAxes, fontsize=9
-        )
+            name_above = None if titles is None or ax not in axes[0] else titles[c]
+            draw_links(poses[c], A[c], skeleton, ax, top, strongest, y_down=y_down, title=name_above)
+        line[0].text(-0.08, 0.5, name, rotation=90, va="center", ha="right", transform=line[0].transAxes, fontsize=9)
     return fig
 
-# %% ../nbs/01_plot.ipynb #f74ebe58
+# %% ../nbs/01_plot.ipynb #4dfe6b6e
 @_styled
 def draw_dynamic_adjacency(
     A,  # (V,V) A_k, the same for all clips
@@ -1355,41 +1290,20 @@ def draw_dynamic_adjacency(
     further = difference and len(G) == 2
     n = len(panels) + further
     fig, axes = plt.subplots(1, n, figsize=(3.0 * n + 1.4, 4.1), layout="constrained", squeeze=False)
-    groups = limb_groups(skeleton)
     for ax, (name, matrix) in zip(axes[0], panels.items()):
-        draw_adjacency(
-            matrix,
-            skeleton,
-            ax,
-            title=name,
-            vmin=norm.vmin,
-            vmax=norm.vmax,
-            cmap=cmap,
-            colour_bar=None,
-            font=5,
-        )
+        draw_adjacency(matrix, skeleton, ax, title=name, vmin=norm.vmin, vmax=norm.vmax, cmap=cmap, colour_bar=None, font=5)
     _colour_bar(axes[0, len(panels) - 1], norm, cmap, "")
     if further:
         change = G[1] - G[0]
         reach = max(np.nanmax(np.abs(change), initial=0), 1e-12)
-        draw_adjacency(
-            change,
-            skeleton,
-            axes[0, -1],
-            title="second − first clip",
-            vmin=-reach,
-            vmax=reach,
-            cmap=SIGNED_CMAP,
-            font=5,
-        )
+        draw_adjacency(change, skeleton, axes[0, -1], title="second − first clip", vmin=-reach, vmax=reach, cmap=SIGNED_CMAP, font=5)
     for ax in axes[0, 1:]:
         ax.set_yticks([])
-        _separate(ax.axhline, groups)
     if title:
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #a16d222c
+# %% ../nbs/01_plot.ipynb #1ee943e8
 @_styled
 def draw_betas(
     betas,  # the modules' maps, each (T_l,V) or (M,T_l,V); a list, or {name: map}
@@ -1409,29 +1323,13 @@ def draw_betas(
         raise ValueError("there is no map to draw")
     columns = min(columns, len(maps))
     rows = -(-len(maps) // columns)
-    fig, axes = plt.subplots(
-        rows, columns, figsize=(3 * columns + 1.4, 2.9 * rows), layout="constrained", squeeze=False
-    )
+    fig, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1.4, 2.9 * rows), layout="constrained", squeeze=False)
     for ax in axes.flat[len(maps) :]:
         ax.remove()
     for i, (ax, (name, beta)) in enumerate(zip(axes.flat, maps.items())):
         T = np.shape(beta)[-2] if np.ndim(beta) >= 2 else 1
-        draw_focus(
-            beta,
-            skeleton,
-            ax,
-            title=f"{name} ({T} frames)",
-            colour_bar=None,
-            vmin=vmin,
-            vmax=vmax,
-            font=5.5,
-            fps=T,
-        )
-        ax.set(
-            xlabel="share of the clip" if i >= len(maps) - columns else "",
-            xticks=[0, 0.25, 0.5, 0.75, 1],
-            xlim=(0, 1),
-        )
+        draw_focus(beta, skeleton, ax, title=f"{name} ({T} frames)", colour_bar=None, vmin=vmin, vmax=vmax, font=5.5, fps=T)
+        ax.set(xlabel="share of the clip" if i >= len(maps) - columns else "", xticks=[0, 0.25, 0.5, 0.75, 1], xlim=(0, 1))
         if i % columns:
             ax.set_yticks([])
     _colour_bar(list(axes.flat[: len(maps)]), mpl.colors.Normalize(vmin, vmax), FOCUS_CMAP, colour_bar)
