@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from stf.reading import cell_flags
+
 ROOT = Path(__file__).resolve().parent.parent
 BOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = sorted(p.stem for p in (ROOT / "stf").glob("*.py") if not p.stem.startswith("_"))
@@ -64,6 +66,14 @@ def test_outputs_are_stored_and_clean(book):
         assert "Warning:" not in text, f"a warning in the outputs of: {source(c)[:80]}"
         assert not re.search(r"/(home|root|tmp|work|Users)/", text), f"a path of some machine in the outputs of: {source(c)[:80]}"
         assert not re.search(r"0x[0-9a-f]{8,}", text), f"an address in the outputs of: {source(c)[:80]}"
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda b: b.stem)
+def test_run_all_in_jupyter_starts_no_long_work(book):
+    """A cell marked slow, cuda or data comes after the call that leaves it out when a reader runs all cells."""
+    flagged = [i for i, c in enumerate(cells(book)) if cell_flags(source(c).splitlines())]
+    calls = [i for i, c in enumerate(cells(book)) if re.search(r"^leave_out_flagged\(\)", source(c), re.M)]
+    assert not flagged or calls and calls[0] < flagged[0], f"{book.name}: leave_out_flagged() is missing before a flagged cell"
 
 
 @pytest.mark.parametrize("module", MODULES)
