@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOVIES', 'trace_rows', 'place_focus', 'CheckpointError', 'MismatchError', 'Network', 'choose_device', 'open_network',
-           'text_bar', 'Prediction', 'Predictor', 'shipped_checkpoints', 'predict', 'predict_all', 'as_record',
-           'write_json', 'write_csv', 'predict_command', 'Stream']
+           'text_bar', 'Answer', 'Prediction', 'Predictor', 'shipped_checkpoints', 'predict', 'predict_all',
+           'as_record', 'write_json', 'write_csv', 'predict_command', 'Stream']
 
-# %% ../nbs/12_predict.ipynb #9d9ed451
+# %% ../nbs/12_predict.ipynb #b4e773bd
 import csv as csv_format
+import io
 import json as json_format
 import os
 import sys
@@ -28,6 +29,7 @@ from tqdm.auto import tqdm
 from tyro.conf import Positional
 
 from .augment import TIMES, choose_frames
+from .backbone import fold_batch_norm
 from .batches import BODY_RULES, PRESETS, STREAMS, PackedClips, gather_rows, in_channels, make_batch, pack_clips
 from .clips import Clip, ClipError, open_clips
 from .focus import grad_cam, resample_focus
@@ -63,7 +65,15 @@ def trace_rows(
     _, dyed = PRESETS[preprocess](rows, packed.skeleton, length, num_bodies, **options)
     return dyed[..., 0].long().numpy() - 1
 
-# %% ../nbs/12_predict.ipynb #1a3d3bd8
+# %% ../nbs/12_predict.ipynb #13ce1fc4
+def _between(values, known, wanted):
+    "Values (n,V) at known frames, linearly in between, at wanted ones; the end values beyond the ends."
+    after = np.searchsorted(known, wanted)
+    low, high = np.clip(after - 1, 0, None), np.clip(after, None, len(known) - 1)
+    part = (wanted - known[low]) / np.maximum(known[high] - known[low], 1)
+    return values[low] + np.clip(part, 0, 1)[:, None] * (values[high] - values[low])
+
+# %% ../nbs/12_predict.ipynb #60460a81
 def place_focus(
     q: np.ndarray,  # (M,T,V) focus at a batch's places
     rows: np.ndarray,  # (M,T) from trace_rows: what stands there
@@ -75,7 +85,7 @@ def place_focus(
     first, last = packed.starts[i : i + 2]
     seen = rows[rows >= 0]
     track = np.searchsorted(packed.rows, seen, side="right") - 1
-    at = track - first, packed.tracks[track, 0] + seen - packed.rows[track]
+    at = track - first, packed.tracks[track, 0] + seen - packed.rows[track]  # body and frame of each place that shows somebody
     total, times = np.zeros((last - first, packed.frames[i], q.shape[-1])), np.zeros((last - first, packed.frames[i]))
     np.add.at(total, at, q[rows >= 0])
     np.add.at(times, at, 1)
@@ -86,15 +96,7 @@ def place_focus(
         focus[m, missing] = _between(focus[m, known], known, missing)
     return (focus * present[..., None]).astype(np.float32)
 
-
-def _between(values, known, wanted):
-    "Values (n,V) at known frames, linearly in between, at wanted ones; the end values beyond the ends."
-    after = np.searchsorted(known, wanted)
-    low, high = np.clip(after - 1, 0, None), np.clip(after, None, len(known) - 1)
-    part = (wanted - known[low]) / np.maximum(known[high] - known[low], 1)
-    return values[low] + np.clip(part, 0, 1)[:, None] * (values[high] - values[low])
-
-# %% ../nbs/12_predict.ipynb #eb971f0a
+# %% ../nbs/12_predict.ipynb #4090b511
 class CheckpointError(ConfigError):
     "A checkpoint that can't be asked, or not together with the others; the message names it and says why."
 
@@ -102,7 +104,7 @@ class CheckpointError(ConfigError):
 class MismatchError(ClipError):
     "A recording that these networks can't be asked about: another skeleton, other coordinates, or preprocessed already."
 
-
+# %% ../nbs/12_predict.ipynb #3ba5e82f
 @dataclass
 class Network:
     "A trained network, and what its header says about its input and its answers."
@@ -119,7 +121,7 @@ class Network:
     bodies: str = "spread"  # which bodies are chosen, as in make_batch
     time: str = "repeat"  # which frames are shown, as in make_batch
 
-
+# %% ../nbs/12_predict.ipynb #af0f7ebd
 def choose_device(device: str = "auto") -> torch.device:
     "'auto': the GPU if there is one, else the CPU. ConfigError for a device that isn't there."
     try:
@@ -131,7 +133,36 @@ def choose_device(device: str = "auto") -> torch.device:
         raise ConfigError("device 'meta' computes nothing; use 'auto', 'cpu' or 'cuda'")
     return chosen
 
-# %% ../nbs/12_predict.ipynb #b7cf3bc7
+# %% ../nbs/12_predict.ipynb #a3142d17
+def _coordinates(header, skeleton):
+    "2 or 3: what a joint must have, so that the preset makes the network's channels of it; None if there is nothing like that."
+    able = [2] if skeleton.name == "openpose18" else [3]  # of msg3d
+    return next((C for C in (able if header["preprocess"] == "msg3d" else (2, 3)) if in_channels(C, header["preprocess"]) == header["in_channels"]), None)
+
+# %% ../nbs/12_predict.ipynb #b8f2d4f9
+def _check_header(checkpoint, header, net):
+    "CheckpointError for a header that doesn't say how the input is made, or says what can't be."
+
+    def refuse(why):
+        raise CheckpointError(f"checkpoint {checkpoint}: {why}")
+
+    if missing := [key for key in ("classes", "stream", "preprocess", "length") if key not in header]:
+        refuse(f"its header doesn't say its {', '.join(missing)}, so no input can be made for it: save it with save_network(folder, net, {missing[0]}=…)")
+    for key, known in (("stream", STREAMS), ("preprocess", tuple(PRESETS)), ("bodies", tuple(BODY_RULES)), ("time", TIMES)):
+        if key in header and header[key] not in known:
+            refuse(f"{key} {header[key]!r} is not known; known are {', '.join(known)}")
+    if not isinstance(header["classes"], list) or len(header["classes"]) != header["num_classes"]:
+        refuse(f"it has {header['num_classes']} outputs, but {len(header['classes'])} class names")
+    if isinstance(header["length"], bool) or not isinstance(header["length"], int) or header["length"] < 1:
+        refuse(f"length must be a number of frames, got {header['length']!r}")
+    if _coordinates(header, net.skeleton) is None:
+        refuse(f"preset {header['preprocess']!r} makes no input of {header['in_channels']} channels")
+    if header["preprocess"] == "msg3d" and net.skeleton.name != "openpose18" and None in (net.skeleton.spine, net.skeleton.shoulders):
+        refuse(f"preset 'msg3d' needs a spine and shoulders, which its skeleton {net.skeleton.name!r} doesn't name")
+    if not all(w.isfinite().all() for w in net.state_dict().values()):
+        refuse("it holds weights that are not finite numbers: its training has diverged, or it is damaged")
+
+# %% ../nbs/12_predict.ipynb #88d8a280
 def open_network(
     checkpoint,  # folder that holds weights.safetensors, or a run's folder
     device="cpu",
@@ -157,34 +188,7 @@ def open_network(
                    header["length"], header["num_bodies"], _coordinates(header, net.skeleton), header.get("bodies", "spread"),
                    header.get("time", "repeat"))  # fmt: skip
 
-
-def _coordinates(header, skeleton):
-    "2 or 3: what a joint must have, so that the preset makes the network's channels of it; None if there is nothing like that."
-    able = [2] if skeleton.name == "openpose18" else [3]  # of msg3d
-    return next((C for C in (able if header["preprocess"] == "msg3d" else (2, 3)) if in_channels(C, header["preprocess"]) == header["in_channels"]), None)
-
-
-def _check_header(checkpoint, header, net):
-    def refuse(why):
-        raise CheckpointError(f"checkpoint {checkpoint}: {why}")
-
-    if missing := [key for key in ("classes", "stream", "preprocess", "length") if key not in header]:
-        refuse(f"its header doesn't say its {', '.join(missing)}, so no input can be made for it: save it with save_network(folder, net, {missing[0]}=…)")
-    for key, known in (("stream", STREAMS), ("preprocess", tuple(PRESETS)), ("bodies", tuple(BODY_RULES)), ("time", TIMES)):
-        if key in header and header[key] not in known:
-            refuse(f"{key} {header[key]!r} is not known; known are {', '.join(known)}")
-    if not isinstance(header["classes"], list) or len(header["classes"]) != header["num_classes"]:
-        refuse(f"it has {header['num_classes']} outputs, but {len(header['classes'])} class names")
-    if isinstance(header["length"], bool) or not isinstance(header["length"], int) or header["length"] < 1:
-        refuse(f"length must be a number of frames, got {header['length']!r}")
-    if _coordinates(header, net.skeleton) is None:
-        refuse(f"preset {header['preprocess']!r} makes no input of {header['in_channels']} channels")
-    if header["preprocess"] == "msg3d" and net.skeleton.name != "openpose18" and None in (net.skeleton.spine, net.skeleton.shoulders):
-        refuse(f"preset 'msg3d' needs a spine and shoulders, which its skeleton {net.skeleton.name!r} doesn't name")
-    if not all(w.isfinite().all() for w in net.state_dict().values()):
-        refuse("it holds weights that are not finite numbers: its training has diverged, or it is damaged")
-
-# %% ../nbs/12_predict.ipynb #ee111daa
+# %% ../nbs/12_predict.ipynb #433fe69b
 def text_bar(
     part: float,  # 0..1
     width: int = 24,  # characters
@@ -197,19 +201,19 @@ def text_bar(
     eighths = round(part * width * 8)
     return ("█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()).ljust(width)
 
-# %% ../nbs/12_predict.ipynb #b1ab5568
+# %% ../nbs/12_predict.ipynb #8e422d63
+def _short(text, width):
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 @dataclass(repr=False)
-class Prediction:
-    "What a network, or several averaged, says about one recording."
+class Answer:
+    "What a network, or several averaged, says about one recording: its classes, ranked."
 
     name: str  # of the clip
     classes: list  # K class names
     probabilities: np.ndarray  # (K,) float64, sum 1
     label: str | None = None  # the true class, if the recording tells it
-    focus: np.ndarray | None = None  # (M,T,V) float32 in 0..1, at the clip's own bodies and frames
-    about: str | None = None  # the class that the focus speaks for
-    clip: Clip | None = None  # the recording itself, where the focus is wanted
-    path: str = ""  # where it was read
 
     @property
     def action(self) -> str:
@@ -218,6 +222,7 @@ class Prediction:
 
     @property
     def probability(self) -> float:
+        "Of the most probable class."
         return float(self.probabilities.max())
 
     @property
@@ -236,6 +241,30 @@ class Prediction:
     def frame(self) -> pd.DataFrame:
         "All classes with their probabilities, best first."
         return pd.DataFrame(self.top(len(self.classes)), columns=["class", "probability"])
+
+    def text(
+        self,
+        k: int = 5,  # so many classes
+        plain: bool = False,  # ASCII only
+    ) -> str:
+        "A small table with a bar for each class."
+        true = {None: f", labelled {self.label!r}" if self.label else "", True: ", right", False: f", wrong: it is {self.label!r}"}[self.correct]
+        rows = [f"  {_short(c, 36):36s} {text_bar(p, 24, plain)} {100 * p:5.1f} %" for c, p in self.top(k)]
+        return "\n".join([f"{self.name}{true}", *rows])
+
+    def __repr__(self):
+        best = ", ".join(f"{c} {100 * p:.1f} %" for c, p in self.top(3))
+        return f"{type(self).__name__}({self.name!r}: {best})"
+
+# %% ../nbs/12_predict.ipynb #392378a4
+@dataclass(repr=False)
+class Prediction(Answer):
+    "An answer, and the focus behind it on the recording's own bodies and frames."
+
+    focus: np.ndarray | None = None  # (M,T,V) float32 in 0..1, at the clip's own bodies and frames
+    about: str | None = None  # the class that the focus speaks for
+    clip: Clip | None = None  # the recording itself, where the focus is wanted
+    path: str = ""  # where it was read
 
     def joint_focus(self) -> pd.Series:
         "Mean focus of each joint over the bodies and frames that are present, largest first."
@@ -259,28 +288,14 @@ class Prediction:
         if self.focus is None:
             raise ValueError(f"{self.name}: this prediction was made without focus; ask with focus=True")
 
-    def text(
-        self,
-        k: int = 5,  # so many classes
-        plain: bool = False,  # ASCII only
-    ) -> str:
-        "A small table with a bar for each class."
-        true = {None: f", labelled {self.label!r}" if self.label else "", True: ", right", False: f", wrong: it is {self.label!r}"}[self.correct]
-        rows = [f"  {_short(c, 36):36s} {text_bar(p, 24, plain)} {100 * p:5.1f} %" for c, p in self.top(k)]
-        return "\n".join([f"{self.name}{true}", *rows])
-
-    def __repr__(self):
-        best = ", ".join(f"{c} {100 * p:.1f} %" for c, p in self.top(3))
-        return f"Prediction({self.name!r}: {best})"
-
-
-def _short(text, width):
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-# %% ../nbs/12_predict.ipynb #1113c9ff
+# %% ../nbs/12_predict.ipynb #f9da66f3
 def _body_of(skeleton):
     "What computation sees of a skeleton, without its name."
     return skeleton.joints, skeleton.bones, skeleton.centre, skeleton.height, skeleton.spine, skeleton.shoulders
+
+
+def _describe(skeleton):
+    return f"{skeleton.name!r}, {skeleton.num_joints} joints"
 
 
 def _agree(networks):
@@ -295,11 +310,7 @@ def _agree(networks):
         if _body_of(a.skeleton) != _body_of(b.skeleton):
             raise CheckpointError(f"checkpoints {a.name} and {b.name} were trained for different skeletons ({_describe(a.skeleton)} and {_describe(b.skeleton)})")
 
-
-def _describe(skeleton):
-    return f"{skeleton.name!r}, {skeleton.num_joints} joints"
-
-
+# %% ../nbs/12_predict.ipynb #6e69311a
 def _check_clip(clip, network, where):
     "MismatchError if a network can't be asked about a clip."
     V, C = clip.joints.shape[2:]
@@ -315,7 +326,29 @@ def _check_clip(clip, network, where):
         raise MismatchError(where, "", f"its coordinates were preprocessed already (by {done!r}), but checkpoint {network.name} prepares raw ones itself "
                                        f"(by {network.preprocess!r}): give it the raw recording")  # fmt: skip
 
-# %% ../nbs/12_predict.ipynb #3bca4371
+# %% ../nbs/12_predict.ipynb #4f602369
+def _probabilities(n, packed, device):
+    "(p (N,K) float64, (last features, present bodies)) of one Network on packed clips."
+    weight = next(n.net.parameters())
+    x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, device, weight.dtype, n.bodies, n.time)
+    f = n.net.features(x)
+    return n.net.head(f.last).double().softmax(1).cpu().numpy(), (f.last, f.present)
+
+# %% ../nbs/12_predict.ipynb #ad68066c
+def _foci(networks, kept, clips, packed, chosen):
+    "Focus (M,T,V) of each clip for its chosen class, averaged over networks; `kept` as _probabilities gives it for each."
+    total, traced = [0] * len(clips), {}
+    for n, (last, present) in zip(networks, kept):
+        key = n.preprocess, n.length, n.num_bodies, n.bodies, n.time
+        if key not in traced:
+            traced[key] = trace_rows(packed, *key)
+        q = grad_cam(last, n.net.head, torch.from_numpy(chosen).to(last.device), present=present)
+        q = resample_focus(q, n.length).cpu().numpy()
+        for i, clip in enumerate(clips):
+            total[i] = total[i] + place_focus(q[i], traced[key][i], packed, i, clip.present) / len(networks)
+    return [q.astype(np.float32) for q in total]
+
+# %% ../nbs/12_predict.ipynb #4e55d194
 def _true_class(clip):
     "The class of a clip in words, as a store would call it."
     if clip.class_name is None and clip.label is not None:
@@ -323,6 +356,25 @@ def _true_class(clip):
     return clip.class_name
 
 
+def _in_halves(ask, clips, paths, focus, about):
+    "Predictions for checked clips; where memory runs out, for each half by itself."
+    if not clips:
+        return []
+    try:
+        p, chosen, foci = ask._compute(clips, focus, about)
+    except torch.OutOfMemoryError:
+        if len(clips) == 1:
+            raise
+        p = None  # go on outside: the error holds what was computed so far
+    if p is None:
+        torch.cuda.empty_cache()
+        half = len(clips) // 2
+        return _in_halves(ask, clips[:half], paths[:half], focus, about) + _in_halves(ask, clips[half:], paths[half:], focus, about)
+    return [Prediction(c.name, ask.classes, p[i], _true_class(c), foci[i] if focus else None,
+                       ask.classes[chosen[i]] if focus else None, c if focus else None, path)
+            for i, (c, path) in enumerate(zip(clips, paths))]  # fmt: skip
+
+# %% ../nbs/12_predict.ipynb #791cb5fa
 class Predictor:
     """One or several trained networks, to be asked about clips. Their probabilities are averaged.
 
@@ -338,16 +390,10 @@ class Predictor:
         many = [checkpoint] if isinstance(checkpoint, (str, os.PathLike)) else list(checkpoint)
         if not many:
             raise CheckpointError("name at least one checkpoint")
-        self.networks = [open_network(c, self.device) for c in many]
-        _agree(self.networks)
-
-    @property
-    def classes(self) -> list:
-        return self.networks[0].classes
-
-    @property
-    def skeleton(self) -> Skeleton:
-        return self.networks[0].skeleton
+        opened = [open_network(c, self.device) for c in many]
+        _agree(opened)
+        self.networks = [replace(n, net=fold_batch_norm(n.net)) for n in opened]  # to be asked, not to be trained or saved
+        self.classes, self.skeleton = opened[0].classes, opened[0].skeleton
 
     def check(
         self,
@@ -370,55 +416,27 @@ class Predictor:
         if about is not None and about not in self.classes:
             raise ValueError(f"about={about!r} is none of the {len(self.classes)} classes: {_short(', '.join(self.classes), 200)}")
         paths = [c.name for c in clips] if paths is None else list(paths)
-        clips = [self.check(c, path) for c, path in zip(clips, paths)]
-        if not clips:
-            return []
-        try:
-            p, chosen, foci = self._compute(clips, focus, about)
-        except torch.OutOfMemoryError:
-            if len(clips) == 1:
-                raise
-            torch.cuda.empty_cache()
-            half = len(clips) // 2
-            return self(clips[:half], focus, about, paths[:half]) + self(clips[half:], focus, about, paths[half:])
-        return [Prediction(c.name, self.classes, p[i], _true_class(c), foci[i] if focus else None,
-                           self.classes[chosen[i]] if focus else None, c if focus else None, path)
-                for i, (c, path) in enumerate(zip(clips, paths))]  # fmt: skip
+        return _in_halves(self, [self.check(c, path) for c, path in zip(clips, paths)], paths, focus, about)
 
     @torch.inference_mode()
     def _compute(self, clips, focus, about):
         "Probabilities (N,K), classes (N,) that the focus is about, and focus of each clip."
         packed, p, kept = pack_clips(clips, labels=[-1] * len(clips)), 0, []
         for n in self.networks:
-            weight = next(n.net.parameters())
-            x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, self.device, weight.dtype, n.bodies, n.time)
-            f = n.net.features(x)
-            p = p + n.net.head(f.last).double().softmax(1).cpu().numpy() / len(self.networks)
-            kept.append((f.last, f.present) if focus else None)
+            own, features = _probabilities(n, packed, self.device)
+            p = p + own / len(self.networks)
+            kept.append(features if focus else None)
         chosen = p.argmax(1) if about is None else np.full(len(clips), self.classes.index(about))
-        return p, chosen, self._focus(clips, packed, chosen, kept) if focus else None
+        return p, chosen, _foci(self.networks, kept, clips, packed, chosen) if focus else None
 
-    def _focus(self, clips, packed, chosen, kept):
-        "Focus of each clip for its chosen class, averaged over networks."
-        total, traced = [0] * len(clips), {}
-        for n, (last, present) in zip(self.networks, kept):
-            key = n.preprocess, n.length, n.num_bodies, n.bodies, n.time
-            if key not in traced:
-                traced[key] = trace_rows(packed, *key)
-            q = grad_cam(last, n.net.head, torch.from_numpy(chosen).to(self.device), present=present)
-            q = resample_focus(q, n.length).cpu().numpy()
-            for i, clip in enumerate(clips):
-                total[i] = total[i] + place_focus(q[i], traced[key][i], packed, i, clip.present) / len(self.networks)
-        return [q.astype(np.float32) for q in total]
-
-# %% ../nbs/12_predict.ipynb #81fff6b4
+# %% ../nbs/12_predict.ipynb #2df1b42d
 def shipped_checkpoints() -> list:
     "The STF ensemble that comes with a checkout of this project (it knows 20 synthetic actions); empty where the package runs from elsewhere."
     weights = Path(str(package_files("stf"))).resolve().parent / "data" / "weights"
     found = [weights / f"synthetic-{row}" for row in ("m4", "le")]
     return [str(f) for f in found] if all((f / "weights.safetensors").is_file() for f in found) else []
 
-
+# %% ../nbs/12_predict.ipynb #b425d229
 def _predictor(checkpoint, device):
     if isinstance(checkpoint, Predictor):
         return checkpoint
@@ -428,7 +446,7 @@ def _predictor(checkpoint, device):
             raise CheckpointError("name a checkpoint: the folder of a run, or several to be averaged")
     return Predictor(checkpoint, device)
 
-
+# %% ../nbs/12_predict.ipynb #3ca9a90c
 def predict(
     file_or_clip,  # a file with one recording, or a Clip
     checkpoint=None,  # a folder, a list of folders (averaged), or a Predictor; None: the shipped networks
@@ -449,7 +467,7 @@ def predict(
         clip, path = clips[0], clips.where(0)
     return ask([clip], about=about, paths=[path])[0]
 
-# %% ../nbs/12_predict.ipynb #78291f3c
+# %% ../nbs/12_predict.ipynb #6908d903
 def _readings(clips):
     "(clip or ClipError, where) of each recording, one after the other."
     if hasattr(clips, "where"):
@@ -463,6 +481,7 @@ def _readings(clips):
 
 
 def _checked(ask, reading):
+    "The reading, with a MismatchError in the place of a clip that is not for these networks."
     clip, where = reading
     if isinstance(clip, ClipError):
         return clip, where
@@ -473,6 +492,7 @@ def _checked(ask, reading):
 
 
 def _answer_all(ask, clips, batch_size, focus, about, progress):
+    "Predictions and ClipErrors in the recordings' order, a batch at a time."
     readings = (_checked(ask, r) for r in _readings(clips))
     total = len(clips) if hasattr(clips, "__len__") else None
     with tqdm(total=total, desc="predict", unit="clip", disable=not progress, leave=False) as bar:
@@ -483,7 +503,7 @@ def _answer_all(ask, clips, batch_size, focus, about, progress):
                 yield c if isinstance(c, ClipError) else next(answers)
                 bar.update()
 
-
+# %% ../nbs/12_predict.ipynb #732bae9f
 def predict_all(
     path,  # a file, folder or archive of recordings; or Clips
     checkpoint=None,  # a folder, a list of folders (averaged), or a Predictor; None: the shipped networks
@@ -505,7 +525,7 @@ def predict_all(
     clips = open_clips(path, **options) if isinstance(path, (str, os.PathLike)) else path
     return _answer_all(ask, clips, batch_size, focus, about, progress)
 
-# %% ../nbs/12_predict.ipynb #31e5963c
+# %% ../nbs/12_predict.ipynb #83237f66
 def _check_output(path, what):
     "ConfigError if a file can't be written there."
     folder = Path(path).parent
@@ -530,7 +550,7 @@ def _write(path, text):
         aside.unlink(missing_ok=True)
         raise ConfigError(f"{path} can't be written: {e.strerror}") from None
 
-
+# %% ../nbs/12_predict.ipynb #753aa44a
 def as_record(
     prediction: Prediction,
 ) -> dict:  # what JSON can hold
@@ -548,7 +568,7 @@ def write_json(path, ask, records, failed):
     document = {"checkpoints": [n.name for n in ask.networks], "classes": ask.classes, "predictions": records, "failed": failures}
     _write(path, json_format.dumps(document, indent=1, ensure_ascii=False) + "\n")
 
-
+# %% ../nbs/12_predict.ipynb #70951e65
 def write_csv(path, ask, records, failed):
     "One line a recording: name, path, label, predicted, probability, error, and the probability of each class."
     lines = [["name", "path", "label", "predicted", "probability", "error", *ask.classes]]
@@ -556,15 +576,11 @@ def write_csv(path, ask, records, failed):
         lines.append([r["name"], r["path"], r["label"] or "", r["predicted"], r["probability"], "", *(r["probabilities"][c] for c in ask.classes)])
     for e in failed:
         lines.append([Path(e.path).stem, e.path, "", "", "", ": ".join(filter(None, (e.place, e.reason))), *[""] * len(ask.classes)])
-    text = _Text()
+    text = io.StringIO()
     csv_format.writer(text, lineterminator="\n").writerows(lines)
-    _write(path, "".join(text))
+    _write(path, text.getvalue())
 
-
-class _Text(list):
-    write = list.append
-
-# %% ../nbs/12_predict.ipynb #8497ecc5
+# %% ../nbs/12_predict.ipynb #e3991ef9
 MOVIES = (".gif", ".html", ".mp4")
 
 
@@ -585,7 +601,7 @@ def _check_movie(path, movie, recordings):
     elif not os.access(next(p for p in Path(path).absolute().parents if p.exists()), os.W_OK):
         raise ConfigError(f"--animate {path}: can't be written there")
 
-
+# %% ../nbs/12_predict.ipynb #48c73f0d
 def _write_movie(prediction, path, movie):
     "The animation of one prediction; its path."
     path = Path(path)
@@ -602,19 +618,20 @@ def _write_movie(prediction, path, movie):
     except OSError as e:
         raise ConfigError(f"{path} can't be written: {e.strerror or e}") from None
 
-# %% ../nbs/12_predict.ipynb #71084e25
+# %% ../nbs/12_predict.ipynb #b83b5371
 def _sentence(error):
     "A message in one line."
     return " ".join(str(error).partition(" Known are\n")[0].split())
 
 
 def _open_recordings(path, kind, skeleton, labels, ask):
+    "The recordings at a path, by the words of the command line. ConfigError for a skeleton that nobody knows."
     if skeleton and skeleton != "checkpoint" and skeleton not in SKELETONS:
         raise ConfigError(f"--skeleton {skeleton!r} is not known; known are checkpoint (its own), {', '.join(SKELETONS)}")
     body = ask.skeleton if skeleton == "checkpoint" else SKELETONS.get(skeleton)
     return open_clips(path, kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
 
-
+# %% ../nbs/12_predict.ipynb #b8f39544
 class _Chain:
     "Recordings of several places, one after the other."
 
@@ -643,13 +660,14 @@ def _open_all(paths, opener):
             refused.append(e)
     return opened[0] if len(opened) == 1 else _Chain(opened), refused
 
-
+# %% ../nbs/12_predict.ipynb #4a4f46a5
 def _show(text):
     "A line for the terminal, above any progress bar."
     tqdm.write(text, file=sys.stdout)
 
 
 def _can_print(text):
+    "Whether the terminal's encoding has these signs."
     try:
         text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
     except UnicodeError:
@@ -658,10 +676,18 @@ def _can_print(text):
 
 
 def _one_line(p, plain):
+    "A prediction in one line."
     mark = {None: "", True: "  right", False: f"  wrong: {p.label}"}[p.correct]
     return f"{_short(p.name, 28):28s} {_short(p.action, 30):30s} {text_bar(p.probability, 12, plain)} {100 * p.probability:5.1f} %{mark}"
 
 
+def _summary(records, failed):
+    "How many were answered, and how many of them rightly."
+    known = [r["correct"] for r in records if r["correct"] is not None]
+    right = f"; {sum(known)} of {len(known)} with a known label are right ({100 * sum(known) / len(known):.1f} %)" if known else ""
+    return f"{len(records):,} answered, {len(failed):,} failed{right}"
+
+# %% ../nbs/12_predict.ipynb #31f5bf6a
 def _answer(ask, clips, show, top, focus, animate, movie, batch_size):
     "(records, failures) of all recordings, shown and animated as they come."
     records, failed, plain = [], [], not _can_print("█▏…")
@@ -679,13 +705,61 @@ def _answer(ask, clips, show, top, focus, animate, movie, batch_size):
         records.append(as_record(p))
     return records, failed
 
+# %% ../nbs/12_predict.ipynb #51e347d5
+def _check_question(paths, top, batch_size, json, csv, animate, movie):
+    "ConfigError for a question that needn't be asked, because its answer couldn't be given."
+    for what, value, least in (("top", top, 0), ("batch-size", batch_size, 1)):
+        if value < least:
+            raise ConfigError(f"--{what} must be a whole number, at least 1; got {value}")
+    for what, file in (("json", json), ("csv", csv)):
+        if file not in ("", "-"):
+            _check_output(file, what)
+    if json == csv == "-":
+        raise ConfigError("--json - and --csv - can't both go to the terminal; give one of them a file")
+    if gone := [p for p in paths if not Path(p).exists()]:
+        raise ConfigError(f"{gone[0]}: no such file or folder" + (f" (and {len(gone) - 1} others)" if len(gone) > 1 else ""))
+    if animate:
+        _check_movie(animate, movie, 1)
 
-def _summary(records, failed):
-    known = [r["correct"] for r in records if r["correct"] is not None]
-    right = f"; {sum(known)} of {len(known)} with a known label are right ({100 * sum(known) / len(known):.1f} %)" if known else ""
-    return f"{len(records):,} answered, {len(failed):,} failed{right}"
+# %% ../nbs/12_predict.ipynb #6e2c532e
+_RECORDINGS = (".skeleton", ".json", ".npz", ".npy", ".pkl", ".pickle", ".zip", ".tar", ".gz", ".xz", ".bz2", ".tgz")
 
-# %% ../nbs/12_predict.ipynb #902e82d0
+
+def _say_failed(failed, alone):
+    "Name what has no answer, on the error stream."
+    for e in failed:
+        print(f"stf predict: {_sentence(e)}" if alone else f"  failed: {_sentence(e)}", file=sys.stderr)
+
+# %% ../nbs/12_predict.ipynb #35488fc7
+def _predict_command(paths, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels):
+    "The work of predict_command; the exit code."
+    _check_question(paths, top, batch_size, json, csv, animate, movie)
+    if not checkpoint and (shipped := shipped_checkpoints()):
+        print(f"no --checkpoint given: asking {' and '.join(Path(c).name for c in shipped)}, which know 20 actions of synthetic people", file=sys.stderr)
+    ask = _predictor(checkpoint, device)
+    clips, refused = _open_all(paths, lambda p: _open_recordings(p, kind, skeleton, labels, ask))
+    if not len(clips):
+        _say_failed(refused, alone=True)
+        return max(1 if Path(p).is_file() and Path(p).suffix.lower() in _RECORDINGS else 2 for p in paths)
+    if animate:
+        _check_movie(animate, movie, len(clips))
+    show = "-" not in (json, csv)
+    records, failed = _answer(ask, clips, show, top, bool(animate or json), animate, movie, batch_size)
+    failed = refused + failed
+    if failed and not records and all(isinstance(e, MismatchError) for e in failed):
+        others = f" (and so for {len(failed) - 1:,} others)" if len(failed) > 1 else ""
+        raise ConfigError(f"{_sentence(failed[0])}{others}")
+    if json:
+        write_json(json, ask, records, failed)
+    if csv:
+        write_csv(csv, ask, records, failed)
+    alone = len(clips) + len(refused) == 1
+    if not alone:
+        print(_summary(records, failed), file=sys.stdout if show else sys.stderr)
+    _say_failed(failed, alone)
+    return 1 if failed else 0
+
+# %% ../nbs/12_predict.ipynb #59643ffe
 def predict_command(
     path: Positional[str],
     checkpoint: tuple[str, ...] = (),
@@ -728,51 +802,41 @@ def predict_command(
     if code:
         raise SystemExit(code)
 
+# %% ../nbs/12_predict.ipynb #6f622693
+def _checked_frame(
+    name,  # for messages
+    joints,  # (M,V,C) or (V,C)
+    visible,  # (M,V), (V,) or None: 1 for bodies that are not all zero
+    V,  # joints of the network's skeleton
+    coordinates,  # of the frame before; None: this is the first
+):
+    "The frame as (M,V,C) and (M,V) float32. ClipError or MismatchError for one that isn't a frame."
+    joints = np.asarray(joints, dtype=np.float32)
+    joints = joints[None] if joints.ndim == 2 else joints
+    if joints.ndim != 3 or joints.shape[1] != V or joints.shape[2] not in (2, 3):
+        raise MismatchError(name, "", f"must be (bodies, {V} joints, 2 or 3 coordinates), got {joints.shape}")
+    if not np.isfinite(joints).all():
+        raise ClipError(name, "", "holds a number that is not finite")
+    if coordinates not in (None, joints.shape[2]):
+        raise MismatchError(name, "", f"has {joints.shape[2]} coordinates, the frames before had {coordinates}")
+    if visible is None:
+        visible = np.repeat(joints.any(axis=(1, 2))[:, None], V, axis=1)
+    visible = np.asarray(visible, dtype=np.float32).reshape(-1, V)
+    if visible.shape != joints.shape[:2] or not ((visible >= 0) & (visible <= 1)).all():
+        raise ClipError(name, "visible", f"must be {joints.shape[:2]} numbers in 0..1, got {visible.shape}")
+    return joints, visible
 
-def _predict_command(paths, checkpoint, top, json, csv, animate, movie, batch_size, device, skeleton, kind, labels):
-    "The work of predict_command; the exit code."
-    for what, value, least in (("top", top, 0), ("batch-size", batch_size, 1)):
-        if value < least:
-            raise ConfigError(f"--{what} must be a whole number, at least 1; got {value}")
-    for what, file in (("json", json), ("csv", csv)):
-        if file not in ("", "-"):
-            _check_output(file, what)
-    if json == csv == "-":
-        raise ConfigError("--json - and --csv - can't both go to the terminal; give one of them a file")
-    if gone := [p for p in paths if not Path(p).exists()]:
-        raise ConfigError(f"{gone[0]}: no such file or folder" + (f" (and {len(gone) - 1} others)" if len(gone) > 1 else ""))
-    if animate:
-        _check_movie(animate, movie, 1)
-    if not checkpoint and (shipped := shipped_checkpoints()):
-        print(f"no --checkpoint given: asking {' and '.join(Path(c).name for c in shipped)}, which know 20 actions of synthetic people", file=sys.stderr)
-    ask = _predictor(checkpoint, device)
-    clips, refused = _open_all(paths, lambda p: _open_recordings(p, kind, skeleton, labels, ask))
-    if not len(clips):
-        for e in refused:
-            print(f"stf predict: {_sentence(e)}", file=sys.stderr)
-        return max(1 if Path(p).is_file() and Path(p).suffix.lower() in _RECORDINGS else 2 for p in paths)
-    if animate:
-        _check_movie(animate, movie, len(clips))
-    show = "-" not in (json, csv)
-    records, failed = _answer(ask, clips, show, top, bool(animate or json), animate, movie, batch_size)
-    failed = refused + failed
-    if failed and not records and all(isinstance(e, MismatchError) for e in failed):
-        others = f" (and so for {len(failed) - 1:,} others)" if len(failed) > 1 else ""
-        raise ConfigError(f"{_sentence(failed[0])}{others}")
-    if json:
-        write_json(json, ask, records, failed)
-    if csv:
-        write_csv(csv, ask, records, failed)
-    if len(clips) + len(refused) > 1:
-        print(_summary(records, failed), file=sys.stdout if show else sys.stderr)
-    for e in failed:
-        print(f"stf predict: {_sentence(e)}" if len(clips) + len(refused) == 1 else f"  failed: {_sentence(e)}", file=sys.stderr)
-    return 1 if failed else 0
+# %% ../nbs/12_predict.ipynb #3ee2a4a4
+def _window_clip(frames, name, skeleton):
+    "A Clip of frames (joints (M,V,C), visible (M,V)); None while there is nobody in them."
+    M = max((len(j) for j, _ in frames), default=0)
+    pad = lambda a: np.concatenate([a, np.zeros((M - len(a), *a.shape[1:]), np.float32)])
+    if not any(j.any() or v.any() for j, v in frames):
+        return None
+    joints, visible = (np.stack([pad(a) for a in part], axis=1) for part in zip(*frames))
+    return Clip(joints, visible, name, skeleton=skeleton)
 
-
-_RECORDINGS = (".skeleton", ".json", ".npz", ".npy", ".pkl", ".pickle", ".zip", ".tar", ".gz", ".xz", ".bz2", ".tgz")
-
-# %% ../nbs/12_predict.ipynb #69fdaf0c
+# %% ../nbs/12_predict.ipynb #3bd864a3
 class Stream:
     """Predictions for frames as they come: a sliding window over the last ones.
 
@@ -800,32 +864,16 @@ class Stream:
         visible=None,  # (M,V) or (V,) in 0..1; None: 1 for bodies that are not all zero
     ):  # Prediction, or None between answers and while nobody has been seen
         "Take a frame; answer if it is time to. ClipError or MismatchError for a frame that isn't one."
-        V, name = self.ask.skeleton.num_joints, f"frame {self.count}"
-        joints = np.asarray(joints, dtype=np.float32)
-        joints = joints[None] if joints.ndim == 2 else joints
-        if joints.ndim != 3 or joints.shape[1] != V or joints.shape[2] not in (2, 3):
-            raise MismatchError(name, "", f"must be (bodies, {V} joints, 2 or 3 coordinates), got {joints.shape}")
-        if not np.isfinite(joints).all():
-            raise ClipError(name, "", "holds a number that is not finite")
-        if self.frames and joints.shape[2] != self.frames[-1][0].shape[2]:
-            raise MismatchError(name, "", f"has {joints.shape[2]} coordinates, the frames before had {self.frames[-1][0].shape[2]}")
-        if visible is None:
-            visible = np.repeat(joints.any(axis=(1, 2))[:, None], V, axis=1)
-        visible = np.asarray(visible, dtype=np.float32).reshape(-1, V)
-        if visible.shape != joints.shape[:2] or not ((visible >= 0) & (visible <= 1)).all():
-            raise ClipError(name, "visible", f"must be {joints.shape[:2]} numbers in 0..1, got {visible.shape}")
+        before = self.frames[-1][0].shape[2] if self.frames else None
+        joints, visible = _checked_frame(f"frame {self.count}", joints, visible, self.ask.skeleton.num_joints, before)
         self.frames.append((joints, visible))
         self.count += 1
         return self.predict() if self.count % self.every == 0 else None
 
     def clip(self):
         "The window as a Clip; None while there is nobody in it."
-        M = max((len(j) for j, _ in self.frames), default=0)
-        pad = lambda a: np.concatenate([a, np.zeros((M - len(a), *a.shape[1:]), np.float32)])
-        if not any(j.any() or v.any() for j, v in self.frames):
-            return None
-        joints, visible = (np.stack([pad(a) for a in part], axis=1) for part in zip(*self.frames))
-        return Clip(joints, visible, f"frames {self.count - len(self.frames)} to {self.count - 1}", skeleton=self.ask.skeleton)
+        name = f"frames {self.count - len(self.frames)} to {self.count - 1}"
+        return _window_clip(self.frames, name, self.ask.skeleton)
 
     def predict(self):
         "What is being done in the window now; None while there is nobody in it."

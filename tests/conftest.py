@@ -14,6 +14,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One thread for torch, whatever the environment says: sums of floats in one order, and no quarrel between test workers."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real recordings; tests that use it are skipped where it is absent."""

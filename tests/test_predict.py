@@ -11,17 +11,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stf.backbone import MSG3D
+from stf.backbone import MSG3D, Features
 from stf.batches import make_batch, pack_clips
 from stf.clips import Clip, ClipError, open_clips, save_clip
 from stf.dataset import ClipStore
 from stf.evaluate import average, predict_scores
+from stf.focus import module_focus
 from stf.predict import (CheckpointError, MismatchError, Prediction, Predictor, Stream, open_network, place_focus, predict,
                          predict_all, predict_command, text_bar, trace_rows)
 from stf.skeleton import SKELETONS, Skeleton
-from stf.stf_module import STFNet, save_network
+from stf.stf_module import NETWORKS, STFNet, save_network
+from stf.stgcn import STGCN
 from stf.synthetic import SyntheticConfig, write_synthetic
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = dict(widths=(6, 6, 6), gcn_scales=2, g3d_scales=2, windows=(3,), num_bodies=2)
 FACTS = dict(classes=["sitting down", "clapping", "hand waving", "handshaking"], stream="joint", preprocess="paper", length=16)
 HAND = Skeleton("hand", ("wrist", "palm", "tip"), ((1, 0), (2, 1)), centre=0, height=(0, 1, 2))
@@ -40,14 +43,6 @@ def network(folder, seed=0, kind=MSG3D, skeleton=SKELETONS["ntu25"], channels=4,
             net.fc.bias.copy_(-net.fc.weight @ pooled.mean(0))
     save_network(folder, net, **facts)
     return str(folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +145,10 @@ def test_absent_and_third_bodies_have_no_focus(nets, people):
 
 
 def test_same_as_evaluation_and_fusion_by_hand(nets, raw, tmp_path):
-    """J+B: each network gets its own stream and length, and probabilities (not logits) are averaged."""
+    """J+B: each network gets its own stream and length, and probabilities (not logits) are averaged.
+
+    Not to the last bit: predict folds batch norm away, which rounds otherwise, and the heads of these networks magnify that.
+    """
     store = ClipStore.build(open_clips(raw), tmp_path / "store", progress=False)
     scores = []
     for name in ("joint", "bone"):
@@ -158,10 +156,10 @@ def test_same_as_evaluation_and_fusion_by_hand(nets, raw, tmp_path):
         s = predict_scores(n.net, store, range(len(store)), n.stream, n.preprocess, n.length, n.num_bodies, progress=False)
         scores.append(s)
         alone = [p.probabilities for p in predict_all(raw, nets[name])]
-        np.testing.assert_allclose(alone, s.probabilities, atol=1e-5)
+        np.testing.assert_allclose(alone, s.probabilities, atol=2e-4)
     both = list(predict_all(raw, [nets["joint"], nets["bone"]]))
     by_hand = (scores[0].probabilities.astype(float) + scores[1].probabilities) / 2
-    np.testing.assert_allclose([p.probabilities for p in both], by_hand, atol=1e-5)
+    np.testing.assert_allclose([p.probabilities for p in both], by_hand, atol=2e-4)
     np.testing.assert_allclose(by_hand, average(*scores).probabilities)
     assert np.ptp(by_hand, axis=0).max() > 0.05  # the test would see clips mixed up
     assert [p.name for p in both] == store.names
@@ -175,6 +173,54 @@ def test_answers_do_not_depend_on_batch_size(nets, raw):
             assert a.name == b.name and a.about == b.about
             np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-4)
             np.testing.assert_allclose(a.focus, b.focus, atol=1e-3)
+
+
+class Plain(torch.nn.Module):
+    "A backbone of one's own, which knows nothing of folding."
+
+    SIZES = ("num_classes", "in_channels", "num_bodies")
+
+    def __init__(self, num_classes, skeleton, in_channels=4, num_bodies=2):
+        super().__init__()
+        self.num_classes, self.skeleton, self.in_channels, self.num_bodies = num_classes, skeleton, in_channels, num_bodies
+        self.conv, self.norm, self.fc = torch.nn.Conv2d(in_channels, 6, 1), torch.nn.BatchNorm2d(6), torch.nn.Linear(6, num_classes)
+
+    def features(self, x):
+        N, C, T, V, M = x.shape
+        last = self.norm(self.conv(x.permute(0, 4, 1, 2, 3).reshape(N * M, C, T, V))).relu().view(N, M, 6, T, V)
+        return Features(last, {}, (x != 0).any(1).any(1).any(1))
+
+    def head(self, last):
+        return self.fc(last.mean((1, 3, 4)))
+
+
+@pytest.mark.parametrize("kind", [MSG3D, STFNet, STGCN, Plain])
+def test_networks_are_folded_to_be_asked_and_answer_the_same(kind, raw, tmp_path, monkeypatch):
+    """Trained statistics, not fresh ones, under which forgetting a batch norm would hardly show; also a backbone that can't be folded."""
+    monkeypatch.setitem(NETWORKS, "stgcn", STGCN)
+    monkeypatch.setitem(NETWORKS, "plain", Plain)
+    sizes = {MSG3D: TINY, STFNet: TINY, STGCN: dict(widths=(4, 6, 8), layers=(1, 1, 1)), Plain: {}}[kind]
+    torch.manual_seed(0)
+    net = kind(4, SKELETONS["ntu25"], in_channels=4, **sizes)
+    for m in net.modules():
+        if isinstance(m, torch.nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in ((m.running_mean, -0.3, 0.3), (m.running_var, 0.5, 2), (m.weight.data, -1.5, 1.5), (m.bias.data, -0.5, 0.5)):
+                tensor.uniform_(low, high)
+    save_network(tmp_path / "net", net, **FACTS)
+    ask, saved = Predictor(tmp_path / "net", "cpu"), Predictor(tmp_path / "net", "cpu")
+    saved.networks = [open_network(tmp_path / "net")]
+    norms = [sum(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in p.networks[0].net.modules()) for p in (ask, saved)]
+    assert norms[0] < norms[1] if kind in (MSG3D, STFNet) else norms[0] == norms[1]
+    for a, b in zip(*(list(predict_all(raw, p, focus=True)) for p in (ask, saved))):
+        np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-5)
+        np.testing.assert_allclose(a.focus, b.focus, atol=1e-3)
+    if issubclass(kind, MSG3D):  # Q by autograd, through the folded network
+        x = make_batch(list(open_clips(raw)), length=16).x
+        foci, same = (module_focus(p.networks[0].net, p.networks[0].net.features(x), torch.arange(8) % 4) for p in (ask, saved))
+        for name in foci:
+            torch.testing.assert_close(foci[name], same[name], atol=1e-3, rtol=0)
+    whole = saved.networks[0].net.state_dict()  # what open_network gives can be saved and trained
+    assert whole.keys() == net.state_dict().keys() and all(torch.equal(whole[k], v) for k, v in net.state_dict().items())
 
 
 def test_focus_can_be_asked_for_another_class(nets, raw):

@@ -23,6 +23,7 @@ from stf.stf_module import NETWORKS, STFNet  # noqa: E402
 from stf.train import (ConfigError, Run, begin, epoch_batches, in_first, load_checkpoint, make_accelerator, only_one, run,  # noqa: E402
                        running_statistics, train_step, training_mode)  # fmt: skip
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SELECTIONS = ["", "e", "d", "c", "g", "edcg"]
 
 
@@ -95,14 +96,6 @@ def two(tmp_path_factory):
     return [torch.load(folder / f"told{rank}.pt", weights_only=False) for rank in (0, 1)], folder
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("losses", SELECTIONS)
 def test_two_processes_are_one_that_accumulates(two, losses):
     one = steps_of(losses, accumulate=2)
@@ -135,8 +128,7 @@ FROZEN = {}  # filled by the fixture below: a start whose head alone is trained,
 
 
 @pytest.fixture(autouse=True, scope="module")
-def frozen(tmp_path_factory):
-    torch.set_num_threads(1)
+def frozen(tmp_path_factory, one_thread):
     r = run(tiny(tmp_path_factory.mktemp("f") / "start", model="stf", losses="", epochs=1), TinyStore(), progress=False)
     FROZEN.update(init=str(r.folder), train_only="head")
 

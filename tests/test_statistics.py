@@ -20,13 +20,7 @@ from stf.train import Config, ConfigError, load_checkpoint, preset
 from test_experiments import quick
 from test_train import TinyStore
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def toy(right, names=None):

@@ -27,13 +27,11 @@ TINY = dict(widths=(4, 6, 8), layers=(1, 1, 1))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread_and_the_exported_class():
+def the_exported_class(one_thread):
     "A notebook that ran in this process before has entered its own class under the name."
-    threads, held = torch.get_num_threads(), NETWORKS["stgcn"]
-    torch.set_num_threads(1)
+    held = NETWORKS["stgcn"]
     NETWORKS["stgcn"] = STGCN
     yield
-    torch.set_num_threads(threads)
     NETWORKS["stgcn"] = held
 
 

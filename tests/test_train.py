@@ -28,6 +28,7 @@ from stf.skeleton import SKELETONS, Skeleton
 from stf.train import (Config, ConfigError, Run, epoch_batches, learning_rate, load_checkpoint, make_header, presets,
                        run, run_stf, save_checkpoint, start_from)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 HAND = Skeleton("hand", ("wrist", "palm", "tip"), ((1, 0), (2, 1)), centre=0, height=(0, 1, 2))
 
 
@@ -50,14 +51,6 @@ class TinyStore:
     def batch(self, indices, stream="joint", preprocess="paper", length=8, num_bodies=1, device=None, dtype=torch.float32):
         x = torch.from_numpy(self.x[np.asarray(indices)]).to(device=device, dtype=dtype)
         return x, torch.as_tensor(self.labels[np.asarray(indices)], device=device)
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_tiny_stores(monkeypatch):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(folder, **changes):
