@@ -7,7 +7,7 @@ __all__ = ['ENCODINGS', 'SHARD', 'FORMAT', 'VERSION', 'encode', 'exact_encodings
            'make_shard', 'save_shard', 'load_shard', 'SetChecks', 'header_checksum', 'join_shards', 'partial_folder',
            'build_store', 'SimulatedClips']
 
-# %% ../nbs/03c_build.ipynb #b94ede48
+# %% ../nbs/03c_build.ipynb #6573807a
 import hashlib
 import itertools
 import json
@@ -33,6 +33,7 @@ except ImportError:  # Windows: builds go without a lock
 
 from .batches import pack_clip
 from .clips import Clip, ClipError, ntu_missing_skeletons, open_clips
+from .files import put_in_place
 
 # %% ../nbs/03c_build.ipynb #df8889de
 ENCODINGS = (("uint8", 1), ("int16", 1000), ("float16", 1), ("float32", 1))  # (type, unit): stored = value × unit
@@ -494,17 +495,7 @@ def _refuse_existing(folder, overwrite):
         cure = "give overwrite=True to replace it" if is_store else "it is no store, so nothing was touched"
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/03c_build.ipynb #11fd7eed
-def _put_in_place(new, folder):
-    "Rename a finished store to its name; one that is there already is first moved aside, then deleted."
-    old = folder.with_name(folder.name + ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    os.replace(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-# %% ../nbs/03c_build.ipynb #162138e1
+# %% ../nbs/03c_build.ipynb #ebecdcc4
 def build_store(
     clips,  # what open_clips gives, any iterable or sequence of Clips, or a path
     folder,  # must not exist yet
@@ -528,7 +519,7 @@ def build_store(
             _begin(partial, plan)
             _build(clips, folder, partial, checks, skip, strict, progress, workers)
 
-# %% ../nbs/03c_build.ipynb #c7069575
+# %% ../nbs/03c_build.ipynb #6608a608
 @contextmanager
 def _cleared(folder, partial, plan):
     "Clear the build folder away at the end, unless the build was stopped and can go on; errors of the disk as StoreError."
@@ -550,7 +541,7 @@ def _cleared(folder, partial, plan):
         if not keep:
             shutil.rmtree(partial, ignore_errors=True)
 
-# %% ../nbs/03c_build.ipynb #403560bc
+# %% ../nbs/03c_build.ipynb #e14b48f4
 def _room(folder):
     "How much room there is where a store is built, for its error message (numpy doesn't say why it can't write)."
     try:
@@ -558,7 +549,7 @@ def _room(folder):
     except OSError:
         return ""
 
-# %% ../nbs/03c_build.ipynb #efe9da0d
+# %% ../nbs/03c_build.ipynb #1c9f05dc
 def _build(clips, folder, partial, checks, skip, strict, progress, workers):
     "Shards, then the joined store, then its name; each step is left out if it is done already."
     if not ((partial / "joined").exists() and (partial / "store").exists()):
@@ -573,9 +564,9 @@ def _build(clips, folder, partial, checks, skip, strict, progress, workers):
         if (partial / "plan").exists():
             shutil.copyfile(partial / "plan", partial / "store" / "built_from")
         _text_file(partial / "joined", b"")
-    _put_in_place(partial / "store", folder)
+    put_in_place(partial / "store", folder)
 
-# %% ../nbs/03c_build.ipynb #ebc28685
+# %% ../nbs/03c_build.ipynb #3bee2ae7
 def _checked(shards, checks, strict, progress, total):
     "Paths of all shards, once they have passed the checks."
     paths = []
@@ -590,7 +581,7 @@ def _checked(shards, checks, strict, progress, total):
                 bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
     return paths
 
-# %% ../nbs/03c_build.ipynb #f85d531d
+# %% ../nbs/03c_build.ipynb #0b72ad2c
 def _why_none(paths):
     "Why a build has no clips, for its error message."
     metas = [load_shard(p, arrays=0)["meta"] for p in paths]
@@ -598,7 +589,7 @@ def _why_none(paths):
     first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
     return f" ({len(refused)} refused, {skipped} skipped{first})"
 
-# %% ../nbs/03c_build.ipynb #a1610037
+# %% ../nbs/03c_build.ipynb #0071164e
 class SimulatedClips:
     "Noise in the shape of NTU RGB+D 60 (lengths, bodies, names), read and parsed like files: to try builds and measure them."
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['USUAL', 'HEAD', 'PUBLIC_CLASSES', 'batch_options', 'make_header', 'build_network', 'write_file', 'write_json',
-           'beside', 'put_in_place', 'find_checkpoint', 'is_disk_full', 'room_for', 'save_checkpoint',
-           'write_checkpoint', 'load_checkpoint', 'is_head', 'start_from', 'check_same_task', 'publish', 'read_public',
-           'public_sizes', 'import_msg3d']
+           'beside', 'find_checkpoint', 'is_disk_full', 'room_for', 'save_checkpoint', 'write_checkpoint',
+           'load_checkpoint', 'is_head', 'start_from', 'check_same_task', 'publish', 'read_public', 'public_sizes',
+           'import_msg3d']
 
-# %% ../nbs/09c_checkpoints.ipynb #198cf053
+# %% ../nbs/09c_checkpoints.ipynb #9688524c
 import errno
 import hashlib
 import json
@@ -28,6 +28,7 @@ from safetensors.torch import save as to_bytes
 from .backbone import load_msg3d
 from .clips import class_names
 from .config import BENCHMARKS, Config, ConfigError, closest
+from .files import put_in_place
 from .skeleton import SKELETONS, Skeleton
 from .stf_module import load_network, network_class, read_header, save_network
 
@@ -87,17 +88,7 @@ def write_json(
 def beside(folder, tail):
     return folder.with_name(folder.name + tail)
 
-# %% ../nbs/09c_checkpoints.ipynb #8d65be73
-def put_in_place(aside, folder):
-    "Rename a finished folder into place; the one before it stays whole until then."
-    old = beside(folder, ".old")
-    if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(folder, old)
-    os.rename(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-# %% ../nbs/09c_checkpoints.ipynb #80dbb59f
+# %% ../nbs/09c_checkpoints.ipynb #97e8a461
 def find_checkpoint(
     folder,  # a checkpoint, or a run's folder
 ) -> Path:
@@ -108,7 +99,7 @@ def find_checkpoint(
             return place
     raise FileNotFoundError(f"no checkpoint in {folder}: neither it nor its checkpoint/ holds weights.safetensors")
 
-# %% ../nbs/09c_checkpoints.ipynb #9bcfa116
+# %% ../nbs/09c_checkpoints.ipynb #d75c9a88
 def is_disk_full(error) -> bool:
     "Whether an exception, or one that it came from, says that there is no room left."
     while error is not None:
@@ -117,7 +108,7 @@ def is_disk_full(error) -> bool:
         error = error.__cause__ or error.__context__
     return False
 
-# %% ../nbs/09c_checkpoints.ipynb #f6de7b18
+# %% ../nbs/09c_checkpoints.ipynb #09e26213
 @contextmanager
 def room_for(folder):
     "Say where the disk is full and what to do, if it is; other errors pass."
@@ -129,7 +120,7 @@ def room_for(folder):
         text = f"no room left on the disk of {folder}: make room, then start the same run again; its last checkpoint is whole"
         raise OSError(errno.ENOSPC, text) from e
 
-# %% ../nbs/09c_checkpoints.ipynb #412ba37a
+# %% ../nbs/09c_checkpoints.ipynb #38608812
 def save_checkpoint(
     folder,  # to write or to replace
     net: torch.nn.Module,
@@ -151,7 +142,7 @@ def save_checkpoint(
         raise
     return folder
 
-# %% ../nbs/09c_checkpoints.ipynb #aae88eda
+# %% ../nbs/09c_checkpoints.ipynb #161bf94d
 def write_checkpoint(aside, net, header, tensors, state):
     "The files of a checkpoint, pushed to the disk."
     weights = save_network(aside, net, **{k: v for k, v in header.items() if k not in ("model", "skeleton", *net.SIZES)})
@@ -162,7 +153,7 @@ def write_checkpoint(aside, net, header, tensors, state):
         write_file(aside / "state.safetensors", to_bytes({k: v.detach().cpu().contiguous() for k, v in (tensors or {}).items()}))
         write_file(aside / "state.json", json.dumps(state).encode())
 
-# %% ../nbs/09c_checkpoints.ipynb #3791bc29
+# %% ../nbs/09c_checkpoints.ipynb #c23f4e93
 def load_checkpoint(
     folder,  # a checkpoint, or a run's folder
     device="cpu",
@@ -170,15 +161,15 @@ def load_checkpoint(
     "The trained network and what its header says. FileNotFoundError if there is none, ValueError that names the file if it is none of ours."
     return load_network(find_checkpoint(folder), device)
 
-# %% ../nbs/09c_checkpoints.ipynb #675d4fa9
+# %% ../nbs/09c_checkpoints.ipynb #6ca1410e
 HEAD = "fc."  # names of the last layer's tensors begin so, unless the network's class says otherwise, HEAD = "…"
 
-# %% ../nbs/09c_checkpoints.ipynb #a892faf8
+# %% ../nbs/09c_checkpoints.ipynb #80b87d4a
 def is_head(net, name) -> bool:
     "Whether a tensor belongs to the last layer."
     return name.startswith(getattr(net, "HEAD", HEAD))
 
-# %% ../nbs/09c_checkpoints.ipynb #35fbab43
+# %% ../nbs/09c_checkpoints.ipynb #f3376500
 def start_from(
     net: torch.nn.Module,  # its weights are replaced
     folder,  # checkpoint, or run's folder
@@ -201,7 +192,7 @@ def start_from(
     net.load_state_dict({**own, **tensors})
     return net
 
-# %% ../nbs/09c_checkpoints.ipynb #95b375e9
+# %% ../nbs/09c_checkpoints.ipynb #12d16eb3
 def check_same_task(net, folder, header, given, other_head=False):
     "ConfigError for the first thing in which a checkpoint's header differs from what a training is for."
     keys = ["classes", "skeleton", "stream", "preprocess", *USUAL, *net.SIZES]
@@ -213,7 +204,7 @@ def check_same_task(net, folder, header, given, other_head=False):
             short = lambda v: f"{str(v)[:60]}…" if len(str(v)) > 60 else repr(v)
             raise ConfigError(f"can't start from {folder}: its {key} is {short(other)}, this training's {short(mine)}")
 
-# %% ../nbs/09c_checkpoints.ipynb #b91d4c2e
+# %% ../nbs/09c_checkpoints.ipynb #e219c798
 def publish(
     folder,  # a run's folder or a checkpoint
     destination,  # where to write
@@ -228,7 +219,7 @@ def publish(
     save_file(small, destination / "weights.safetensors", header)
     return destination / "weights.safetensors"
 
-# %% ../nbs/09c_checkpoints.ipynb #06d1898f
+# %% ../nbs/09c_checkpoints.ipynb #29cdfb8e
 def read_public(
     file,  # a .pt or .pth file
 ) -> dict:  # name → tensor, without a leading `module.`
@@ -251,7 +242,7 @@ def read_public(
         raise ValueError(f"{file}: not a dictionary of name → tensor")
     return {k.removeprefix("module."): v for k, v in state.items()}
 
-# %% ../nbs/09c_checkpoints.ipynb #de0c7af4
+# %% ../nbs/09c_checkpoints.ipynb #13eee6da
 def public_sizes(
     state: dict,  # from read_public
     file="the checkpoint",  # for messages
@@ -271,16 +262,16 @@ def public_sizes(
     return dict(num_classes=classes, joints=joints, in_channels=C, num_bodies=shape("data_bn.weight")[0] // (joints * normalised),
                 widths=widths, gcn_scales=scales, g3d_scales=g3d_rows // nodes, windows=tuple(windows))  # fmt: skip
 
-# %% ../nbs/09c_checkpoints.ipynb #14a57ebe
+# %% ../nbs/09c_checkpoints.ipynb #e68758e4
 def _shape(state, name, file):
     if name not in state:
         raise ValueError(f"{file}: tensor {name!r} is missing, so these are not the weights of an MS-G3D ({len(state)} tensors, the first {min(state)!r})")
     return tuple(state[name].shape)
 
-# %% ../nbs/09c_checkpoints.ipynb #5ee2e8e1
+# %% ../nbs/09c_checkpoints.ipynb #0ee4c74d
 PUBLIC_CLASSES = {60: "ntu60", 120: "ntu120", 400: "kinetics400"}  # outputs → data set
 
-# %% ../nbs/09c_checkpoints.ipynb #7cd63a41
+# %% ../nbs/09c_checkpoints.ipynb #990662b3
 def _skeleton_of(joints, given, file):
     "The skeleton with so many joints, or the given one if it fits."
     if isinstance(given, str) and given and given not in SKELETONS:
@@ -294,7 +285,7 @@ def _skeleton_of(joints, given, file):
         raise ValueError(f"{file}: was trained on {joints} joints; skeleton {skeleton.name!r} has {skeleton.num_joints}")
     return skeleton
 
-# %% ../nbs/09c_checkpoints.ipynb #6db4a70a
+# %% ../nbs/09c_checkpoints.ipynb #0530c2d4
 def _classes_of(count, given, file):
     "The names of so many classes."
     if not given and count not in PUBLIC_CLASSES:
@@ -304,7 +295,7 @@ def _classes_of(count, given, file):
         raise ValueError(f"{file}: has {count} outputs (fc.weight), but {len(names)} class names were expected")
     return names
 
-# %% ../nbs/09c_checkpoints.ipynb #1748fc5a
+# %% ../nbs/09c_checkpoints.ipynb #994c9729
 def import_msg3d(
     file,  # published weights: a .pt file
     folder,  # checkpoint to write
@@ -336,7 +327,7 @@ def import_msg3d(
     source = {"file": Path(file).name, "sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
     return save_checkpoint(folder, net, {**header, **told, "config": json.loads(config.to_json()), "imported": source})
 
-# %% ../nbs/09c_checkpoints.ipynb #06274a78
+# %% ../nbs/09c_checkpoints.ipynb #751dd0dd
 def _public_config(file, stream, preset, sizes):
     "What the file was trained with, as far as it is known. ConfigError where stream, preset and shapes contradict each other."
     given = Config.preset(preset) if preset else None

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_RATIO', 'RATIO_FROM', 'MAX_MEMBERS', 'MAX_INSTRUCTIONS', 'ClipError', 'is_hidden', 'read_file', 'Folder',
-           'ZipArchive', 'TarArchive', 'Archives', 'open_files', 'read_npy', 'read_npz', 'PickledArray', 'plain',
-           'load_pickle']
+           'ZipArchive', 'TarArchive', 'Archives', 'open_files', 'read_npy', 'read_npz', 'plain', 'PickledArray',
+           'load_pickle', 'put_in_place']
 
 # %% ../nbs/01b_files.ipynb #29c02210
 import bz2
@@ -37,16 +37,29 @@ class ClipError(ValueError):
     def __reduce__(self):  # so that worker processes can hand it back
         return type(self), (self.path, self.place, self.reason)
 
-# %% ../nbs/01b_files.ipynb #b807dc1d
+# %% ../nbs/01b_files.ipynb #be99c217
 def is_hidden(
     name: str,  # path inside a folder or archive, with /
 ) -> bool:
     "Whether a path is hidden or macOS clutter: `.x`, `._x`, `__MACOSX/`."
     return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
 
-
+# %% ../nbs/01b_files.ipynb #46e2ab11
 def _too_large(path, size, limit):
     return ClipError(path, "", f"{size:,} bytes; more than {limit:,} is no recording of this kind")
+
+
+def _read_whole(handle, path, limit):
+    "The bytes of an open regular file; ClipError if it is none, or larger than limit."
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode):
+        raise ClipError(path, "", "not a file")
+    if about.st_size > limit:
+        raise _too_large(path, about.st_size, limit)
+    data = os.read(handle, about.st_size)
+    while len(data) < about.st_size and (more := os.read(handle, about.st_size - len(data))):
+        data += more
+    return data
 
 
 def read_file(
@@ -57,25 +70,17 @@ def read_file(
     try:
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         try:
-            about = os.fstat(handle)
-            if not stat.S_ISREG(about.st_mode):
-                raise ClipError(path, "", "not a file")
-            if about.st_size > limit:
-                raise _too_large(path, about.st_size, limit)
-            data = os.read(handle, about.st_size)
-            while len(data) < about.st_size and (more := os.read(handle, about.st_size - len(data))):
-                data += more
-            return data
+            return _read_whole(handle, path, limit)
         finally:
             os.close(handle)
+    except ClipError:
+        raise
     except FileNotFoundError:
         raise ClipError(path, "", "no such file") from None
     except (OSError, ValueError) as e:
-        if isinstance(e, ClipError):
-            raise
         raise ClipError(path, "", f"can't be read: {getattr(e, 'strerror', None) or e}") from None
 
-
+# %% ../nbs/01b_files.ipynb #036786c9
 class Folder:
     "The files below a folder (or one single file), by name. `names` is sorted; `read(i)` gives a file's bytes."
 
@@ -102,7 +107,7 @@ class Folder:
         "The bytes of file i; ClipError if it can't be read or is larger than limit."
         return read_file(self.where(i), limit)
 
-# %% ../nbs/01b_files.ipynb #df9ff47f
+# %% ../nbs/01b_files.ipynb #a44dc87b
 class ZipArchive:
     "The files in a .zip, by name, read without unpacking. Same methods as Folder."
 
@@ -138,7 +143,7 @@ class ZipArchive:
             raise _too_large(self.where(i), self._infos[i].file_size, limit)
         return data
 
-# %% ../nbs/01b_files.ipynb #7832eb36
+# %% ../nbs/01b_files.ipynb #cb23fad1
 MAX_RATIO = 200  # an archive that unpacks to more than this many times its size is refused …
 RATIO_FROM = 1 << 28  # … once it has unpacked to 256 MiB
 MAX_MEMBERS = 2_000_000  # files in one archive
@@ -174,7 +179,7 @@ class _Unpacked:
             pass
         return self.at
 
-# %% ../nbs/01b_files.ipynb #a149d7ff
+# %% ../nbs/01b_files.ipynb #56ac5df8
 def _list_tar(path):
     "[(name, offset, size)] of the regular files in a tar archive, in its own order."
     found, stream = [], _Unpacked(path)
@@ -189,7 +194,7 @@ def _list_tar(path):
             pass  # to the end, where a compressed file says whether it is whole
     return found
 
-
+# %% ../nbs/01b_files.ipynb #9ec7c5c3
 class TarArchive:
     "The regular files in a .tar, .tar.gz, .tar.bz2 or .tar.xz, by name. Same methods as Folder."
 
@@ -236,7 +241,7 @@ class TarArchive:
             raise ClipError(self.where(i), "", "can't be read from the archive: it ends in the middle of this file")
         return data
 
-# %% ../nbs/01b_files.ipynb #4be62065
+# %% ../nbs/01b_files.ipynb #93196730
 _PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _LOOSE = re.compile(r".*\.(skeleton|json|npz|npy|pkl|pickle)", re.IGNORECASE)
 
@@ -260,14 +265,14 @@ class Archives:
         "The bytes of file i; ClipError as its archive says."
         return self.parts[self._found[i][1]].read(self._found[i][2], limit)
 
-
+# %% ../nbs/01b_files.ipynb #fec3ec6f
 def _archives_in(folder):
     "The folder, or its archives if it holds no recordings beside them."
     packed = {i for i, name in enumerate(folder.names) if _PACKED.search(name)}
     loose = [name for name in folder.names if _LOOSE.fullmatch(name) and not re.search(r"label\.json$", name, re.IGNORECASE)]
     return Archives(folder, packed) if packed and not loose else folder
 
-# %% ../nbs/01b_files.ipynb #5a8534aa
+# %% ../nbs/01b_files.ipynb #f02ceb5e
 def _is_tar(path):
     "Whether a file, unpacked if it is compressed, begins with a tar header."
     stream = _Unpacked(path)
@@ -278,7 +283,7 @@ def _is_tar(path):
             return False
     return True
 
-
+# %% ../nbs/01b_files.ipynb #f9096239
 def open_files(
     path,  # a folder, a .zip, a .tar.*, or any other single file
 ):  # Folder, ZipArchive, TarArchive or Archives
@@ -306,7 +311,7 @@ def open_files(
         raise ClipError(path, "", f"neither a readable archive nor a known file ({e})") from None
     return Folder(path)
 
-# %% ../nbs/01b_files.ipynb #0ccd4636
+# %% ../nbs/01b_files.ipynb #15687843
 def _npy_header(file, path, place):
     "(shape, fortran order, dtype) of an open .npy; ClipError if it is none, or holds Python objects."
     try:
@@ -342,7 +347,7 @@ def read_npy(
     flat = np.frombuffer(data, dtype, offset=file.tell())
     return flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
 
-# %% ../nbs/01b_files.ipynb #a45a48b6
+# %% ../nbs/01b_files.ipynb #c20c45bb
 def read_npz(
     data: bytes,  # the content of an .npz file
     path="arrays",  # for messages
@@ -372,7 +377,7 @@ def read_npz(
         arrays[key] = read_npy(content, path, key)
     return arrays
 
-# %% ../nbs/01b_files.ipynb #2a1de2ad
+# %% ../nbs/01b_files.ipynb #864a028e
 class _Piece:
     "Bytes that stay in the file until they are needed."
 
@@ -400,6 +405,11 @@ class _PickledType:
         if not re.fullmatch(r"[biufSU]\d{1,4}|O8?|\?", self.code) or self.order not in ("<", ">", "=", "|"):
             raise ValueError(f"arrays of type {self.code!r}, which no recording needs")
         return np.dtype(self.code if self.code[0] in "OS?" else self.order.replace("|", "=") + self.code)
+
+# %% ../nbs/01b_files.ipynb #2942813f
+def plain(value):
+    "A PickledArray as an array; anything else as it is."
+    return value.array() if isinstance(value, PickledArray) else value
 
 
 class PickledArray:
@@ -429,12 +439,7 @@ class PickledArray:
             flat = np.frombuffer(content, self.dtype) if size else np.zeros(0, self.dtype)
         return flat.reshape(self.shape[::-1]).T if self._fortran else flat.reshape(self.shape)
 
-
-def plain(value):
-    "A PickledArray as an array; anything else as it is."
-    return value.array() if isinstance(value, PickledArray) else value
-
-# %% ../nbs/01b_files.ipynb #093cd518
+# %% ../nbs/01b_files.ipynb #a4e8e916
 def _from_buffer(content, dtype, shape, order="C", *_):
     array = PickledArray()
     array.set((shape, dtype, order == "F", content))
@@ -469,7 +474,7 @@ def _is_key(value):
 class _ArrayName:
     "numpy.ndarray, as a word in a pickle: it can't be called."
 
-
+# %% ../nbs/01b_files.ipynb #d1b3ff96
 _KNOWN_NAMES = {
     ("numpy.core.multiarray", "_reconstruct"): lambda *_: PickledArray(),
     ("numpy.core.multiarray", "scalar"): _scalar,
@@ -481,7 +486,7 @@ _KNOWN_NAMES = {
     ("builtins", "bytearray"): _bytes,
 }
 
-# %% ../nbs/01b_files.ipynb #3afc1675
+# %% ../nbs/01b_files.ipynb #4171127a
 _SAFE = (  # instructions as Python has them: plain values, containers, memory
     "STOP POP POP_MARK DUP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT "
     "STRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 SHORT_BINBYTES EMPTY_LIST APPEND APPENDS LIST "
@@ -498,7 +503,7 @@ class _Instructions(dict):
         name = next((n for n in pickle.__all__ if n.isupper() and getattr(pickle, n, b"") == bytes([code])), hex(code))
         raise ValueError(f"the instruction {name}, which makes objects, is not carried out")
 
-
+# %% ../nbs/01b_files.ipynb #51fa34ba
 class _PlainUnpickler(pickle._Unpickler):
     "Python's unpickler without the instructions that could run something."
 
@@ -541,7 +546,7 @@ class _PlainUnpickler(pickle._Unpickler):
     for _name, _form in _IN_FILE.items():
         dispatch[getattr(pickle, _name)[0]] = lambda self, form=_form: self.load_in_file(form)
 
-# %% ../nbs/01b_files.ipynb #61ec1250
+# %% ../nbs/01b_files.ipynb #351450a0
 MAX_INSTRUCTIONS = 1 << 27
 
 
@@ -574,7 +579,7 @@ class _PickleFile:
         self.file.seek(at + size)
         return _Piece(self.path, at, size)
 
-
+# %% ../nbs/01b_files.ipynb #62aa0146
 def load_pickle(
     path,  # a pickle file, of any protocol, by Python 2 or 3
 ):
@@ -588,3 +593,16 @@ def load_pickle(
     except Exception as e:  # anything: the instructions are a stranger's
         reason = "it is cut off" if isinstance(e, EOFError) else str(e).splitlines()[0] if str(e) else type(e).__name__
         raise ClipError(path, "", f"not a pickle of plain arrays: {reason}") from None
+
+# %% ../nbs/01b_files.ipynb #0234ef92
+def put_in_place(
+    aside,  # Path of a finished folder, beside its place
+    folder,  # Path of its place, taken or not
+):
+    "Rename a finished folder into place; the one before it stays whole until then."
+    old = folder.with_name(folder.name + ".old")
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    os.rename(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
