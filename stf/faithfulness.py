@@ -129,7 +129,7 @@ def areas(
                          "ahead": ahead, "low": low, "high": high})  # fmt: skip
     return pd.DataFrame(rows).set_index(["curve", "against"])
 
-# %% ../nbs/11d_faithfulness.ipynb #aa0ce40b
+# %% ../nbs/11d_faithfulness.ipynb #8f9961c6
 STAGES = {  # parts of MS-G3D and STFNet from the head downwards
     "head": ("fc",),
     "block 3": ("tcn3", "gcn3d3", "sgcn3", "stf.4", "stf.5"),
@@ -162,7 +162,7 @@ def forget(
         m.momentum = momentum
     return fresh.eval()
 
-
+# %% ../nbs/11d_faithfulness.ipynb #f4f57775
 @torch.no_grad()
 def randomisation_check(
     net,
@@ -187,7 +187,7 @@ def randomisation_check(
         rows[f"down to {stage}" if stage != "head" else "head"] = dict(zip(("focus", "motion"), np.mean(lines, 0)))
     return pd.DataFrame(rows).T.rename(columns={"focus": "correlation with the trained focus", "motion": "correlation with motion"}).rename_axis("forgotten")
 
-# %% ../nbs/11d_faithfulness.ipynb #dca4bb61
+# %% ../nbs/11d_faithfulness.ipynb #2bb41d7b
 MEASURES = ("coverage", "overlap (probability)", "overlap (logit)", "modules 5, 6 agree", "β follows Q")
 
 
@@ -218,7 +218,7 @@ def focus_measures(
         frames.append(pd.DataFrame({k: v.numpy() for k, v in of.items()}, index=[store.names[i] for i in some]))
     return pd.concat(frames).rename_axis("clip")
 
-# %% ../nbs/11d_faithfulness.ipynb #d7c7b5fc
+# %% ../nbs/11d_faithfulness.ipynb #fcce6338
 def focus_means(
     r: Run,  # a finished run
     store: ClipStore,
@@ -269,7 +269,7 @@ def focus_table(
     table.insert(0, "seeds", frame.groupby("row")["seed"].nunique())
     return table.reindex([row for row in ROWS if row in table.index])
 
-# %% ../nbs/11d_faithfulness.ipynb #77929402
+# %% ../nbs/11d_faithfulness.ipynb #c2c3e44a
 def turned(
     ours: Scores,
     baseline: Scores,
