@@ -29,7 +29,7 @@ def parse_ntu_name(
         raise ValueError(f"not an NTU name such as S001C002P003R002A013: {stem!r}")
     return dict(zip(("setup", "camera", "subject", "replication", "action"), map(int, found.groups())))
 
-# %% ../nbs/01d_ntu.ipynb #e38718be
+# %% ../nbs/01d_ntu.ipynb #f3b870aa
 MAX_FRAMES, MAX_BODIES = 100_000, 100  # of one clip: an hour at 28 frames a second
 MAX_CELLS = 1_000_000  # bodies × frames
 MAX_METRES = 1e3  # a joint farther than 1 km from the camera is a fault
@@ -37,6 +37,12 @@ _NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _UNUSED = re.compile(rb"[-+]?(nan|inf|infinity|1\.#\w+)", re.IGNORECASE)
 
 
+def show(text):
+    "A piece of a file for an error message: short and printable."
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return ascii(text if len(text) <= 24 else text[:24] + "…")
+
+# %% ../nbs/01d_ntu.ipynb #b0969111
 class _Lines:
     "A file's lines, with the number of the current one for messages."
 
@@ -64,14 +70,9 @@ class _Lines:
             self.fail(f"{what} is {int(text):,}; more than {limit:,} is no recording")
         return int(text)
 
-
-def show(text):
-    "A piece of a file for an error message: short and printable."
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-    return ascii(text if len(text) <= 24 else text[:24] + "…")
-
-# %% ../nbs/01d_ntu.ipynb #12e1ccca
+# %% ../nbs/01d_ntu.ipynb #cb26a6e3
 def _joint_row(lines):
+    "[x, y, z, tracking state] of the next line."
     row = lines.row(12, "a joint's row")
     for i, text in enumerate(row):
         if not _NUMBER.fullmatch(text) and (i in (0, 1, 2, 11) or not _UNUSED.fullmatch(text)):
@@ -83,7 +84,7 @@ def _joint_row(lines):
         lines.fail(f"the tracking state must be 0, 1 or 2, not {show(row[11])}")
     return xyz + [int(row[11])]
 
-
+# %% ../nbs/01d_ntu.ipynb #4837dc80
 def rows_careful(data, path):
     "(bodies in each frame, ID of each body, xyz (B,25,3), state (B,25)) line by line; ClipError with line and reason."
     lines = _Lines(data, path)
@@ -106,7 +107,7 @@ def rows_careful(data, path):
     rows = np.array(rows, np.float32).reshape(-1, 25, 4)
     return np.array(per_frame, np.int64), ids, rows[..., :3], rows[..., 3].astype(np.uint8)
 
-# %% ../nbs/01d_ntu.ipynb #a4adbd76
+# %% ../nbs/01d_ntu.ipynb #8d1ce20b
 _U = np.uint64
 _ZEROS, _HIGH, _SIX = _U(0x3030303030303030), _U(0xF0F0F0F0F0F0F0F0), _U(0x0606060606060606)
 _NEIGHBOURS = (
@@ -130,7 +131,7 @@ def _digits(words, shift, spare):
         words &= mask
     return plain
 
-# %% ../nbs/01d_ntu.ipynb #e380ffd9
+# %% ../nbs/01d_ntu.ipynb #7be45a25
 def _which_bit(single):
     "The number of the one bit that is set in each word (-1023: none)."
     number = single.astype(np.float64).view(np.int64)
@@ -138,7 +139,7 @@ def _which_bit(single):
     number -= 1023
     return number
 
-# %% ../nbs/01d_ntu.ipynb #ad904d11
+# %% ../nbs/01d_ntu.ipynb #b76017c3
 _MARKS, _ROWS = 1 << 20, 5000  # characters and rows that the kept arrays have room for
 
 
@@ -157,7 +158,7 @@ def _gather(data, kind, places):
     "The numbers of a type (`<u8`: eight characters) that begin at these places."
     return np.ndarray((len(data) - int(kind[2:]) + 1,), kind, data, strides=(1,))[places]
 
-# %% ../nbs/01d_ntu.ipynb #65f091f7
+# %% ../nbs/01d_ntu.ipynb #19a04577
 def _marks(buf):
     "(places of the line ends, a flag for each character: is it a space?)"
     size, full = len(buf), (len(buf) + 7) // 8 * 8
@@ -182,7 +183,7 @@ def _marks(buf):
     np.equal(buf, 32, out=flags[:size])
     return ends, flags
 
-# %% ../nbs/01d_ntu.ipynb #6fd789b9
+# %% ../nbs/01d_ntu.ipynb #562d9535
 def _number_ends(bits, at, last):
     "Where the first three numbers begin and end in rows that begin at `at`: both (3n,); None if a row has no three before `last`."
     n = len(at)
@@ -202,7 +203,7 @@ def _number_ends(bits, at, last):
     np.add(end[:2], 1, out=start[1:])
     return start.reshape(-1), end.reshape(-1)
 
-
+# %% ../nbs/01d_ntu.ipynb #51a3f139
 def _coordinates(data, buf, bits, at, last, xyz):
     "Fill xyz (n,3) from rows that begin at `at`; whether all are numbers."
     found = _number_ends(bits, at, last)
@@ -241,7 +242,7 @@ def _coordinates(data, buf, bits, at, last, xyz):
     xyz.T[...] = np.bitwise_xor(value.view(np.uint64), sign, out=sign).view(np.float64).reshape(3, -1)
     return True
 
-# %% ../nbs/01d_ntu.ipynb #7dd43d66
+# %% ../nbs/01d_ntu.ipynb #133cde72
 _TEN = 10.0 ** np.arange(23)
 
 
@@ -265,37 +266,7 @@ def _odd_numbers(data, i, start, end, value, minus):
             return False
     return True
 
-# %% ../nbs/01d_ntu.ipynb #dd20b9e6
-def rows_fast(data):
-    "The same as `rows_careful` for a regular file, or None."
-    if data[-1:] != b"\n" or data[-3:].strip() == b"":
-        data = data.rstrip() + b"\n"
-    buf = np.frombuffer(data, np.uint8)
-    end, space = _marks(buf)
-    if len(end) < 2 or not _only_numbers(buf):
-        return None
-    crlf = int(buf[end[0] - 1] == 13)
-    frames = data[: max(end[0] - crlf, 0)]
-    if not frames.isdigit() or len(frames) > 6 or (crlf and (buf.take(end - 1) != 13).any()):
-        return None
-    at_frame = np.flatnonzero(end[1:] - end[:-1] == 2 + crlf) + 1
-    if len(at_frame) != int(frames) or not 0 < len(at_frame) <= MAX_FRAMES or at_frame[0] != 1:
-        return None
-    bodies = buf.take(end.take(at_frame - 1) + 1).astype(np.int64)
-    bodies -= 48
-    following = 27 * bodies
-    following += at_frame + 1
-    if bodies.min() < 0 or not 0 < bodies.max() <= 9 or following[-1] != len(end) or (following[:-1] != at_frame[1:]).any():
-        return None
-    head = at_frame + 1  # the line of each body's row
-    if bodies.min() != 1 or bodies.max() != 1:
-        head = np.repeat(head - 27 * (np.cumsum(bodies) - bodies), bodies)
-        head += 27 * np.arange(len(head))
-    if np.count_nonzero(space) != (9 + 25 * 11) * len(head) or not _are_25(data, end.take(head) + 1, crlf):
-        return None
-    return _values(data, buf, space, end, crlf, bodies, head)
-
-
+# %% ../nbs/01d_ntu.ipynb #0470a6af
 def _only_numbers(buf):
     "Whether there are no letters but the E of an exponent (or all its e, in files that Python wrote)."
     highest = buf.max()
@@ -307,7 +278,51 @@ def _are_25(data, at, crlf):
     four = _gather(data, "<u4", at)
     return bool((four == 0x0A0D3532).all() if crlf else (four & 0xFFFFFF == 0x0A3532).all())
 
-# %% ../nbs/01d_ntu.ipynb #e0c21a9e
+# %% ../nbs/01d_ntu.ipynb #bae5828f
+def _frame_lines(data, buf, end, crlf):
+    "(lines that hold a number of bodies, those numbers) if there are as many as the first line says, else None."
+    frames = data[: max(end[0] - crlf, 0)]
+    if not frames.isdigit() or len(frames) > 6 or (crlf and (buf.take(end - 1) != 13).any()):
+        return None
+    at_frame = np.flatnonzero(end[1:] - end[:-1] == 2 + crlf) + 1
+    if len(at_frame) != int(frames) or not 0 < len(at_frame) <= MAX_FRAMES or at_frame[0] != 1:
+        return None
+    bodies = buf.take(end.take(at_frame - 1) + 1).astype(np.int64)
+    bodies -= 48
+    return at_frame, bodies
+
+
+def _body_lines(at_frame, bodies, lines):
+    "The line of each body's row, if the frames stand where the numbers of bodies put them, else None."
+    following = 27 * bodies
+    following += at_frame + 1
+    if bodies.min() < 0 or not 0 < bodies.max() <= 9 or following[-1] != lines or (following[:-1] != at_frame[1:]).any():
+        return None
+    head = at_frame + 1
+    if bodies.min() != 1 or bodies.max() != 1:
+        head = np.repeat(head - 27 * (np.cumsum(bodies) - bodies), bodies)
+        head += 27 * np.arange(len(head))
+    return head
+
+# %% ../nbs/01d_ntu.ipynb #831e26ec
+def rows_fast(data):
+    "The same as `rows_careful` for a regular file, or None."
+    if data[-1:] != b"\n" or data[-3:].strip() == b"":
+        data = data.rstrip() + b"\n"
+    buf = np.frombuffer(data, np.uint8)
+    end, space = _marks(buf)
+    if len(end) < 2 or not _only_numbers(buf):
+        return None
+    crlf = int(buf[end[0] - 1] == 13)
+    if (found := _frame_lines(data, buf, end, crlf)) is None:
+        return None
+    at_frame, bodies = found
+    head = _body_lines(at_frame, bodies, len(end))
+    if head is None or np.count_nonzero(space) != (9 + 25 * 11) * len(head) or not _are_25(data, end.take(head) + 1, crlf):
+        return None
+    return _values(data, buf, space, end, crlf, bodies, head)
+
+# %% ../nbs/01d_ntu.ipynb #b2f3cd2d
 _JOINT_LINES = np.arange(2, 27)
 
 
@@ -342,7 +357,7 @@ def _values(data, buf, space, end, crlf, bodies, head):
         return None
     return bodies, ids, xyz.reshape(-1, 25, 3), state.reshape(-1, 25)
 
-# %% ../nbs/01d_ntu.ipynb #498356e3
+# %% ../nbs/01d_ntu.ipynb #d862859f
 def ntu_rows(
     data: bytes,  # the content of a .skeleton file
     path="skeleton file",  # for messages
@@ -350,7 +365,7 @@ def ntu_rows(
     "The numbers of a `.skeleton` file, body row after body row. ClipError with line and reason for anything irregular."
     return rows_fast(data) or rows_careful(data, path)
 
-# %% ../nbs/01d_ntu.ipynb #41979d08
+# %% ../nbs/01d_ntu.ipynb #996a7420
 def follow_bodies(per_frame, ids, path):
     "(place of each body row, its frame, IDs in order of first appearance); ClipError if one ID is twice in a frame."
     order = {body: place for place, body in enumerate(dict.fromkeys(ids))}
@@ -368,7 +383,7 @@ def follow_bodies(per_frame, ids, path):
         raise ClipError(path, f"frame {t + 1}", f"body {show(body)} is there twice")
     return place, frame, list(order)
 
-# %% ../nbs/01d_ntu.ipynb #2c5dfe87
+# %% ../nbs/01d_ntu.ipynb #63632503
 def listed_ranks(place, frame, num_bodies) -> list:
     "Each body's rank in the order in which frames list bodies, by majority; (B,) places and frames of the body rows in file order."
     before, same = np.zeros((num_bodies, num_bodies), np.int64), frame[1:] == frame[:-1]
