@@ -27,7 +27,7 @@ from .skeleton import SKELETONS, Skeleton
 
 _all_ = ["ClipError", "parse_ntu_name"]  # are part of this module, too
 
-# %% ../nbs/02_clips.ipynb #795126c1
+# %% ../nbs/02_clips.ipynb #00850763
 def _skeleton_for(num_joints):
     "The known layout with this number of joints, or None."
     return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
@@ -45,7 +45,40 @@ def _as_float32(array, name, what):
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused as such
         return np.ascontiguousarray(array, dtype=np.float32)
 
+# %% ../nbs/02_clips.ipynb #97e49f57
+def _checked_visible(visible, joints, name):
+    "Visibility (M,T,V) as float32 in 0..1, made from joints (M,T,V,C) if there is none; ClipError if it doesn't fit, or nobody is there."
+    if visible is None:
+        visible = np.repeat(joints.any(axis=(2, 3))[:, :, None], joints.shape[2], axis=2)
+    visible = _as_float32(visible, name, "visible")
+    if visible.shape != joints.shape[:3]:
+        raise ClipError(name, "visible", f"must be {joints.shape[:3]} like the joints, got {visible.shape}")
+    low, high = visible.min(), visible.max()
+    if not (low >= 0 and high <= 1):
+        raise ClipError(name, "visible", "must lie in 0..1")
+    if high == 0 and not joints.any():
+        raise ClipError(name, "", "no body in any frame")
+    return visible
 
+
+def _checked_label(label, name):
+    "A label as int, or None; ClipError for anything else."
+    if label is None:
+        return None
+    if isinstance(label, bool) or not isinstance(label, (int, np.integer)) or label < 0:
+        raise ClipError(name, "label", f"must be an integer ≥ 0 or None, got {label!r}")
+    return int(label)
+
+
+def _checked_skeleton(skeleton, num_joints, name):
+    "The skeleton of a clip with so many joints: the known one if none is given; ClipError if it has another number."
+    if skeleton is None:
+        return _skeleton_for(num_joints)
+    if skeleton.num_joints != num_joints:
+        raise ClipError(name, "skeleton", f"the clip has {num_joints} joints, skeleton {skeleton.name!r} has {skeleton.num_joints}")
+    return skeleton
+
+# %% ../nbs/02_clips.ipynb #a00e541f
 @dataclass(repr=False, eq=False)
 class Clip:
     """One recording: M bodies, T frames, V joints, C coordinates in the source's own units.
@@ -70,32 +103,9 @@ class Clip:
         if not np.isfinite(self.joints).all():
             m, t, v, _ = np.argwhere(~np.isfinite(self.joints))[0]
             raise ClipError(self.name, f"body {m}, frame {t}, joint {v}", "is not a finite number")
-        self._check_visible()
-        self._check_label()
-
-    def _check_visible(self):
-        if self.visible is None:
-            there = self.joints.any(axis=(2, 3))
-            self.visible = np.repeat(there[:, :, None], self.joints.shape[2], axis=2)
-        self.visible = _as_float32(self.visible, self.name, "visible")
-        if self.visible.shape != self.joints.shape[:3]:
-            raise ClipError(self.name, "visible", f"must be {self.joints.shape[:3]} like the joints, got {self.visible.shape}")
-        low, high = self.visible.min(), self.visible.max()
-        if not (low >= 0 and high <= 1):
-            raise ClipError(self.name, "visible", "must lie in 0..1")
-        if high == 0 and not self.joints.any():
-            raise ClipError(self.name, "", "no body in any frame")
-
-    def _check_label(self):
-        if self.label is not None:
-            if isinstance(self.label, bool) or not isinstance(self.label, (int, np.integer)) or self.label < 0:
-                raise ClipError(self.name, "label", f"must be an integer ≥ 0 or None, got {self.label!r}")
-            self.label = int(self.label)
-        if self.skeleton is None:
-            self.skeleton = _skeleton_for(self.joints.shape[2])
-        elif self.skeleton.num_joints != self.joints.shape[2]:
-            have = f"the clip has {self.joints.shape[2]} joints, skeleton {self.skeleton.name!r} has {self.skeleton.num_joints}"
-            raise ClipError(self.name, "skeleton", have)
+        self.visible = _checked_visible(self.visible, self.joints, self.name)
+        self.label = _checked_label(self.label, self.name)
+        self.skeleton = _checked_skeleton(self.skeleton, self.joints.shape[2], self.name)
 
     @property
     def present(self) -> np.ndarray:
@@ -107,7 +117,7 @@ class Clip:
         words = f" {self.class_name!r}" if self.class_name else ""
         return f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, label {self.label}{words})"
 
-# %% ../nbs/02_clips.ipynb #421c2299
+# %% ../nbs/02_clips.ipynb #a7fd56aa
 def _package_lines(name):
     return package_files("stf").joinpath(name).read_text(encoding="utf-8").split("\n")[:-1]
 
@@ -117,7 +127,7 @@ UCLA_CLASSES = (
     "stand up", "donning", "doffing", "throw", "carry",
 )  # fmt: skip
 
-
+# %% ../nbs/02_clips.ipynb #d6deab29
 def class_names(
     dataset: str,  # "ntu60", "ntu120", "nw-ucla" or "kinetics400"
 ) -> list:  # of str; label i is called names[i]
@@ -131,14 +141,19 @@ def class_names(
     raise ValueError(f"no class names for {dataset!r}; there are ntu60, ntu120, nw-ucla, kinetics400")
 
 
+_NTU_CLASSES = class_names("ntu120")
+
+# %% ../nbs/02_clips.ipynb #47609eb9
 def ntu_missing_skeletons() -> frozenset:
     "Names of the 535 NTU RGB+D (120) samples with missing or incomplete skeletons, by the official list; 302 are in NTU RGB+D 60."
     return frozenset(_package_lines("ntu_missing.txt"))
 
+# %% ../nbs/02_clips.ipynb #6b4893c1
+def _stem(path):
+    "The file's name without folders and its last ending."
+    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
 
-_NTU_CLASSES = class_names("ntu120")
-
-# %% ../nbs/02_clips.ipynb #b1bb58fc
+# %% ../nbs/02_clips.ipynb #363478e9
 def _source(source, name, limit):
     "(bytes, path for messages, name of the clip) of a path, a binary file object, or bytes."
     if isinstance(source, (bytes, bytearray, memoryview)):
@@ -153,10 +168,15 @@ def _source(source, name, limit):
         return data, str(path), _stem(name or str(path))
     return read_file(source, limit), str(source), _stem(name or source)
 
-
-def _stem(path):
-    "The file's name without folders and its last ending."
-    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
+# %% ../nbs/02_clips.ipynb #b9e0aaa7
+def _ntu_words(name):
+    "(tags, label, class name) that an NTU name tells; nothing for a recording of one's own in this format."
+    try:
+        tags = parse_ntu_name(name)
+    except ValueError:
+        return {}, None, None
+    label = tags["action"] - 1
+    return tags, label, _NTU_CLASSES[label] if label < len(_NTU_CLASSES) else None
 
 
 def _parse_ntu(data, path, name, skeleton=None):
@@ -168,18 +188,13 @@ def _parse_ntu(data, path, name, skeleton=None):
     joints = np.zeros((len(order), len(per_frame), 25, 3), np.float32)
     visible = np.zeros(joints.shape[:3], np.float32)
     joints[place, frame], visible[place, frame] = xyz, state > 0
-    try:
-        tags = parse_ntu_name(name)
-    except ValueError:  # a recording of one's own in this format
-        tags = {}
-    label = tags["action"] - 1 if tags else None
-    words = _NTU_CLASSES[label] if tags and label < len(_NTU_CLASSES) else None
+    tags, label, words = _ntu_words(name)
     tags["bodies"] = [body.decode() for body in order]
     if len(order) > 1 and (listed := listed_ranks(place, frame, len(order))) != sorted(listed):
         tags["listed"] = listed
     return Clip(joints, visible, name, label, skeleton or SKELETONS["ntu25"], words, tags)
 
-
+# %% ../nbs/02_clips.ipynb #3c336970
 def read_ntu(
     source,  # path of a .skeleton file, or an open binary file
     name: str | None = None,  # the clip's name; default: the file's, which tells setup, camera, subject, action
@@ -193,7 +208,7 @@ def read_ntu(
     """
     return _parse_ntu(*_source(source, name, 1 << 26))
 
-# %% ../nbs/02_clips.ipynb #3cace389
+# %% ../nbs/02_clips.ipynb #b192d562
 def _load_json(data, path):
     "The content of JSON bytes; ClipError with the place for anything irregular."
 
@@ -220,7 +235,7 @@ def _load_json(data, path):
     except ValueError as e:  # an integer of more digits than Python converts
         raise ClipError(path, "", f"not JSON: {e}") from None
 
-
+# %% ../nbs/02_clips.ipynb #b73e27f0
 def _numbers(values, limit, path, place):
     "A list of numbers as float64; ClipError unless all are int or float within ±limit."
     if not set(map(type, values)) <= {int, float}:
@@ -234,12 +249,12 @@ def _numbers(values, limit, path, place):
         raise ClipError(path, place, f"holds a number beyond ±{limit:g}") from None
     return numbers
 
-
+# %% ../nbs/02_clips.ipynb #24e66b68
 def _expect(condition, path, place, reason):
     if not condition:
         raise ClipError(path, place, reason)
 
-# %% ../nbs/02_clips.ipynb #5cbdb37f
+# %% ../nbs/02_clips.ipynb #d414c62b
 _UCLA_NAME = re.compile(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)")
 
 
@@ -264,7 +279,7 @@ def _parse_ucla(data, path, name, skeleton=None):
     words = UCLA_CLASSES[label - 1] if found and label and label <= 10 else None
     return Clip(joints, None, name, None if label is None else label - 1, skeleton or SKELETONS["kinect20"], words, tags)
 
-
+# %% ../nbs/02_clips.ipynb #094c8100
 def read_ucla(
     source,  # path of a JSON file, or an open binary file
     name: str | None = None,  # the clip's name; default: the file's, which tells action, subject, take, view
@@ -275,7 +290,7 @@ def read_ucla(
     """
     return _parse_ucla(*_source(source, name, 1 << 25))
 
-# %% ../nbs/02_clips.ipynb #0c95ba5f
+# %% ../nbs/02_clips.ipynb #55c6f2fa
 MAX_IMAGE = 1e5  # 2D coordinates, in parts of the image or pixels
 MAX_PEOPLE = 5  # kept of a frame, by score
 
@@ -287,6 +302,16 @@ def _scores(values, path, place):
     return np.clip(values, 0, 1)
 
 
+def _frame_index(entry, seen, path, place):
+    "The number of an entry's frame; ClipError if it is none, or was there before."
+    t = entry.get("frame_index")
+    if type(t) is not int or not 0 <= t < MAX_FRAMES:
+        raise ClipError(path, place, f"frame_index must be a whole number from 0 to {MAX_FRAMES - 1}, not {show(t)}")
+    if t in seen:
+        raise ClipError(path, place, f"frame_index {t} is there twice")
+    return t
+
+# %% ../nbs/02_clips.ipynb #d84f6375
 def _kinetics_people(content, path, V):
     "(frame (P,), pose (P,V,2), score (P,V), number of frames) of all people in all frames, as in the file."
     _expect(isinstance(content, dict) and isinstance(content.get("data"), list), path, "", "no list 'data' in this file")
@@ -295,11 +320,7 @@ def _kinetics_people(content, path, V):
         place = f"data[{i}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("skeleton"), list):
             raise ClipError(path, place, "no list 'skeleton'")
-        t = entry.get("frame_index")
-        if type(t) is not int or not 0 <= t < MAX_FRAMES:
-            raise ClipError(path, place, f"frame_index must be a whole number from 0 to {MAX_FRAMES - 1}, not {show(t)}")
-        if t in seen:
-            raise ClipError(path, place, f"frame_index {t} is there twice")
+        t = _frame_index(entry, seen, path, place)
         seen.add(t)
         for person in entry["skeleton"]:
             _expect(isinstance(person, dict), path, place, "a person must have 'pose' and 'score'")
@@ -313,7 +334,7 @@ def _kinetics_people(content, path, V):
     pose = _numbers(pose, MAX_IMAGE, path, "pose").reshape(-1, V, 2)
     return np.array(frame), pose, _scores(_numbers(score, MAX_IMAGE, path, "score"), path, "score").reshape(-1, V), max(seen) + 1
 
-# %% ../nbs/02_clips.ipynb #f8d70ac1
+# %% ../nbs/02_clips.ipynb #eb80b14a
 def _rank_in_frame(frame, total):
     "Each person's rank by falling total within the frame, 0 for the best; equals keep their order."
     order = np.lexsort((np.arange(len(frame)), -total, frame))
@@ -322,7 +343,21 @@ def _rank_in_frame(frame, total):
     rank[order] = np.arange(len(frame)) - np.searchsorted(ordered, ordered)
     return rank
 
-# %% ../nbs/02_clips.ipynb #b0d3e723
+# %% ../nbs/02_clips.ipynb #fe1e2bea
+def _kinetics_label(content, listed, path):
+    "(label, class name) of a file, checked against its entry in the label list, if there is one."
+    label, words = content.get("label_index"), content.get("label")
+    if label in ("", -1):  # what pose programs write for a film of one's own
+        label = None
+    words = None if words == "" else words
+    _expect(label is None or (type(label) is int and 0 <= label < 1_000_000), path, "label_index", f"must be a whole number from 0, not {show(label)}")
+    _expect(words is None or isinstance(words, str), path, "label", "must be text")
+    if listed:
+        _expect(label in (None, listed[0]), path, "label_index", f"is {label}, but {listed[0]} in the label list")
+        label, words = listed
+    return label, words
+
+# %% ../nbs/02_clips.ipynb #9daefcf5
 def _parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, listed=None):
     "A Clip of the bytes of a Kinetics-Skeleton JSON file; `listed` is its entry in the label list, if there is one."
     content, skeleton = _load_json(data, path), skeleton or SKELETONS["openpose18"]
@@ -335,18 +370,10 @@ def _parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, list
     joints = np.zeros((M, T, skeleton.num_joints, 2), np.float32)
     visible = np.zeros(joints.shape[:3], np.float32)
     joints[rank[kept], frame[kept]], visible[rank[kept], frame[kept]] = pose[kept], score[kept]
-    label, words = content.get("label_index"), content.get("label")
-    if label in ("", -1):  # what pose programs write for a film of one's own
-        label = None
-    words = None if words == "" else words
-    _expect(label is None or (type(label) is int and 0 <= label < 1_000_000), path, "label_index", f"must be a whole number from 0, not {show(label)}")
-    _expect(words is None or isinstance(words, str), path, "label", "must be text")
-    if listed:
-        _expect(label in (None, listed[0]), path, "label_index", f"is {label}, but {listed[0]} in the label list")
-        label, words = listed
+    label, words = _kinetics_label(content, listed, path)
     return Clip(joints, visible, name, label, skeleton, words)
 
-
+# %% ../nbs/02_clips.ipynb #133ead02
 def read_kinetics(
     source,  # path of a JSON file, or an open binary file
     name: str | None = None,  # the clip's name; default: the file's (the YouTube ID)
@@ -360,7 +387,7 @@ def read_kinetics(
     """
     return _parse_kinetics(*_source(source, name, 1 << 25), max_people=max_people)
 
-# %% ../nbs/02_clips.ipynb #afb75fa4
+# %% ../nbs/02_clips.ipynb #670a1a3f
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
 _PLAIN_KEYS = ("joints", "visible", "label", "class_name", "skeleton", "name", *_PLAIN_TAGS)
 
@@ -375,14 +402,20 @@ def _scalar(arrays, key, kinds, path):
     return str(value.reshape(-1)[0]) if kinds == "U" else int(value.reshape(-1)[0])
 
 
-def _parse_plain(data, path, name, skeleton=None):
-    "A Clip of the bytes of an .npz in the plain form."
+def _plain_arrays(data, path):
+    "The arrays of an .npz in the plain form; ClipError for a key that it doesn't have."
     arrays = read_npz(data, path)
     if {"x_train", "x_test"} & set(arrays):
         raise ClipError(path, "", "a whole data set in CTR-GCN's form: open this file by itself")
     for key in arrays:
         _expect(key in _PLAIN_KEYS, path, "", f"unknown key {show(key)}; known are {', '.join(_PLAIN_KEYS)} (a plain file holds one clip)")
     _expect("joints" in arrays, path, "", f"no 'joints' in this file; it has {', '.join(map(show, arrays)) or 'nothing'}")
+    return arrays
+
+# %% ../nbs/02_clips.ipynb #fd616f22
+def _parse_plain(data, path, name, skeleton=None):
+    "A Clip of the bytes of an .npz in the plain form."
+    arrays = _plain_arrays(data, path)
     joints, visible = arrays["joints"], arrays.get("visible")
     _expect(joints.ndim in (3, 4), path, "joints", f"must be (T,V,C) or (M,T,V,C), got {joints.shape}")
     if joints.ndim == 3:
@@ -398,7 +431,7 @@ def _parse_plain(data, path, name, skeleton=None):
     except ClipError as e:
         raise ClipError(path, e.place, e.reason) from None
 
-
+# %% ../nbs/02_clips.ipynb #cbcf3d39
 def read_plain(
     source,  # path of an .npz in the plain form, or an open binary file
     name: str | None = None,  # the clip's name; default: the one in the file, then the file's
@@ -419,7 +452,13 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #73f1f575
+# %% ../nbs/02_clips.ipynb #8e07bd11
+def _count_classes(names, listed):
+    "How many classes the names of NTU and UCLA files and a label list {name: (label, words)} tell of."
+    numbers = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in names]
+    return len({n.group(1) or n.group(2) for n in numbers if n} | {x[0] for x in (listed or {}).values() if x})
+
+# %% ../nbs/02_clips.ipynb #5f3232df
 class FileClips:
     "Clips that lie in one file each, in a folder or an archive."
 
@@ -433,10 +472,7 @@ class FileClips:
             self.names = [os.path.splitext(files.names[i])[0] for i in members]
         skeleton = options.get("skeleton") or SKELETONS.get({"ntu": "ntu25", "ucla": "kinect20", "kinetics": "openpose18"}.get(kind))
         self.joints = [skeleton.num_joints] if skeleton else []
-        numbers = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in self.names]
-        listed = options.get("listed")
-        self.classes = len({n.group(1) or n.group(2) for n in numbers if n} | {x[0] for x in listed.values() if x} if listed else
-                           {n.group(1) or n.group(2) for n in numbers if n})  # fmt: skip
+        self.classes = _count_classes(self.names, options.get("listed"))
 
     def where(self, i):
         return self.files.where(self.members[i])
@@ -452,9 +488,19 @@ class FileClips:
         clip.split = clip.split or _split_of(f"{self.path.name}/{self.files.names[self.members[i]]}")
         return clip
 
+# %% ../nbs/02_clips.ipynb #43788b0e
+def _checked_numbers(raw, path):
+    "A record with joints and scores as Clip wants them; ClipError for numbers that no recording has."
+    limit = MAX_METRES if raw["joints"].shape[3] == 3 else MAX_IMAGE
+    raw["joints"] = _as_float32(raw["joints"], path, "joints")
+    _expect((np.abs(raw["joints"]) <= limit).all(), path, "joints", f"hold a number that is not finite or beyond ±{limit:g}")
+    if raw.get("visible") is not None:
+        raw["visible"] = _scores(np.asarray(raw["visible"], np.float32), path, "scores")
+    return raw
 
+# %% ../nbs/02_clips.ipynb #1b18e31a
 class ArrayClips:
-    "Clips of one of the large files of notebook 01c."
+    "Clips of one of the large files of 01c_arrays."
 
     def __init__(self, arrays, skeleton=None):
         self.arrays, self.skeleton = arrays, skeleton
@@ -479,11 +525,7 @@ class ArrayClips:
         label, V = raw.get("label"), raw["joints"].shape[2]
         if tags and label is not None and V == 25:
             _expect(label == tags["action"] - 1, path, "label", f"is {label}, but the name says {tags['action'] - 1} (action {tags['action']})")
-        limit = MAX_METRES if raw["joints"].shape[3] == 3 else MAX_IMAGE
-        raw["joints"] = _as_float32(raw["joints"], path, "joints")
-        _expect((np.abs(raw["joints"]) <= limit).all(), path, "joints", f"hold a number that is not finite or beyond ±{limit:g}")
-        if raw.get("visible") is not None:
-            raw["visible"] = _scores(np.asarray(raw["visible"], np.float32), path, "scores")
+        raw = _checked_numbers(raw, path)
         words = _NTU_CLASSES[label] if (tags or self._is_ntu(V)) and label is not None and label < len(_NTU_CLASSES) else None
         raw["tags"] = {**tags, **raw.get("tags", {})}
         try:
@@ -491,13 +533,21 @@ class ArrayClips:
         except ClipError as e:
             raise ClipError(path, e.place, e.reason) from None
 
-# %% ../nbs/02_clips.ipynb #e26202dd
+# %% ../nbs/02_clips.ipynb #a6fbba09
 def _many(n, what):
     "'1 clip', '2 bodies', '1,484 classes'."
     plural = {"body": "bodies", "class": "classes"}.get(what, what + "s")
     return f"{n:,} {what if n == 1 else plural}"
 
 
+def _summary(source, bodies):
+    "What a source was taken for, in one line; bodies as far as they are known."
+    parts = [_many(len(source.names), "clip"), f"{' or '.join(map(str, source.joints))} joints" if source.joints else "",
+             f"up to {_many(bodies, 'body')}" if bodies else "", _many(source.classes, "class") if source.classes else "",
+             f"{source.lost:,} more without a skeleton" if source.lost else ""]  # fmt: skip
+    return f"{source.path.name or source.path}: {source.title}: {', '.join(p for p in parts if p)}"
+
+# %% ../nbs/02_clips.ipynb #bc8cf392
 class Clips:
     """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
 
@@ -548,32 +598,34 @@ class Clips:
     @property
     def summary(self) -> str:
         "What the input was taken for, in one line: form, clips, and, as far as known by now, joints, bodies, classes."
-        source = self.source
-        parts = [_many(len(self), "clip"), f"{' or '.join(map(str, source.joints))} joints" if source.joints else "",
-                 f"up to {_many(self._bodies, 'body')}" if self._bodies else "", _many(source.classes, "class") if source.classes else "",
-                 f"{source.lost:,} more without a skeleton" if source.lost else ""]  # fmt: skip
-        return f"{source.path.name or source.path}: {source.title}: {', '.join(p for p in parts if p)}"
+        return _summary(self.source, self._bodies)
 
     def __repr__(self):
         return f"Clips({self.summary})"
 
-# %% ../nbs/02_clips.ipynb #489baea3
+# %% ../nbs/02_clips.ipynb #2ce2d158
 def _split_of(name):
     "The split that a folder's name tells: {'kinetics': 'train'} for kinetics_train/x.json, 'test' for val."
     found = re.search(r"(?:^|/)kinetics[_-](train|val)/", name)
     return {"kinetics": "train" if found.group(1) == "train" else "test"} if found else {}
 
+# %% ../nbs/02_clips.ipynb #280ea639
+def _gunzipped(data, path):
+    "The content of a gzip file, or data as they are; ClipError if it is damaged or unpacks to too much."
+    if data[:2] != b"\x1f\x8b":
+        return data
+    try:
+        with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
+            data = file.read((1 << 26) + 1)
+    except (OSError, EOFError, zlib.error) as e:
+        raise ClipError(path, "", f"not a readable gzip file ({e})") from None
+    _expect(len(data) <= 1 << 26, path, "", "too large for a label list")
+    return data
+
 
 def _read_label_list(data, path):
     "{name: (label, words)} of a label list; entries without a skeleton have None."
-    if data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read((1 << 26) + 1)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ClipError(path, "", f"not a readable gzip file ({e})") from None
-        _expect(len(data) <= 1 << 26, path, "", "too large for a label list")
-    content = _load_json(data, path)
+    content = _load_json(_gunzipped(data, path), path)
     _expect(isinstance(content, dict), path, "", "a label list must be {name: {label, label_index, has_skeleton}}")
     listed = {}
     for name, entry in content.items():
@@ -582,7 +634,7 @@ def _read_label_list(data, path):
         listed[name] = (entry["label_index"], entry["label"]) if entry.get("has_skeleton", True) else None
     return listed
 
-
+# %% ../nbs/02_clips.ipynb #27e2a9ce
 _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
 
 
@@ -600,7 +652,7 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #e242dff5
+# %% ../nbs/02_clips.ipynb #f077ce02
 _KINDS = {  # kind: (ending, what it is called, parser)
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
@@ -627,7 +679,7 @@ def _advice(files, endings):
         return "Such files have no common layout: read one into an array (frames, joints, coordinates) and make a Clip of it, or np.savez it in the plain form. "
     return ""
 
-
+# %% ../nbs/02_clips.ipynb #ea64c711
 def _json_kind(files, members):
     "Whether JSON files are Kinetics' or UCLA's: by the first of them that tells."
     for i in members[:50]:
@@ -644,6 +696,15 @@ def _json_kind(files, members):
     raise ClipError(files.path, "", "JSON files with neither 'skeletons' (Northwestern-UCLA) nor 'data' (Kinetics-Skeleton)")
 
 
+def _refuse_unknown(files, endings):
+    "ClipError for files of which none is known: what is there, what one could do, what is known."
+    _expect(endings, files.path, "", "no recordings found here: there is no file in it (hidden ones don't count)")
+    whole = endings[0] if len(endings) == 1 and Path(files.path).is_file() else ""
+    _expect(whole not in (".zip", ".tar", ".tgz"), files.path, "", f"no {whole} archive, or a damaged one: fetch or pack it again")
+    have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8])
+    raise ClipError(files.path, "", f"no recordings found here, but {have}. {_advice(files, endings)}Known are\n{_KNOWN}")
+
+# %% ../nbs/02_clips.ipynb #19d8c823
 def _find_kind(files, kind):
     "(kind, indices of its files) of a folder, archive or file."
     endings = [os.path.splitext(n)[1].lower() if not _LABEL_LIST.fullmatch(n) else "" for n in files.names]
@@ -652,17 +713,13 @@ def _find_kind(files, kind):
         return kind, [i for i, e in enumerate(endings) if e == _KINDS[kind][0]]
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
-        _expect(endings, files.path, "", "no recordings found here: there is no file in it (hidden ones don't count)")
-        whole = endings[0] if len(endings) == 1 and Path(files.path).is_file() else ""
-        _expect(whole not in (".zip", ".tar", ".tgz"), files.path, "", f"no {whole} archive, or a damaged one: fetch or pack it again")
-        have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8])
-        raise ClipError(files.path, "", f"no recordings found here, but {have}. {_advice(files, endings)}Known are\n{_KNOWN}")
+        _refuse_unknown(files, endings)
     counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
     _expect(len(there) == 1, files.path, "", f"holds {counts} files; say which with kind=… (ntu, ucla, kinetics or plain)")
     members = [i for i, e in enumerate(endings) if e == there[0]]
     return {".skeleton": "ntu", ".npz": "plain"}.get(there[0]) or _json_kind(files, members), members
 
-# %% ../nbs/02_clips.ipynb #85180ff1
+# %% ../nbs/02_clips.ipynb #5dc7e01c
 OPENERS = []  # functions of a path that give a sequence of clips, or None; asked first
 
 
@@ -673,7 +730,7 @@ def _ask_openers(path):
     if (Path(path) / "header.json").is_file() and (Path(path) / "joints.npy").exists():
         raise ClipError(path, "", "a prepared store: open it with stf.dataset.ClipStore")
 
-# %% ../nbs/02_clips.ipynb #2d5183f8
+# %% ../nbs/02_clips.ipynb #818c9b44
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
     kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for what is one file a clip; None: found out
