@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ROWS', 'TABLE5', 'CONTROLS', 'READINGS', 'ENVIRONMENT', 'TERMS', 'CONTRASTS', 'STREAM_NAMES', 'SHORT', 'paper_table',
            'Row', 'row_config', 'record_path', 'write_record', 'load_records', 'record_scores', 'Job', 'estimate',
-           'make_records', 'row_jobs', 'ablation', 'named_by_data', 'table5', 'gains', 'fuse', 'stream_table',
-           'focus_picture', 'telling_clip', 'demo_store', 'demo_pictures', 'demo']
+           'make_records', 'row_jobs', 'ablation', 'named_by_data', 'table5', 'gains', 'summary', 'fuse',
+           'stream_table', 'focus_picture', 'telling_clip', 'demo_store', 'demo_pictures', 'demo']
 
 # %% ../nbs/11_experiments.ipynb #0199d121
 import json
@@ -454,7 +454,18 @@ def gains(
     columns = ["question", "row", "against", "seeds", "gain", "std", "low", "high", "verdict"]
     return pd.DataFrame(lines, columns=columns).set_index("question")
 
-# %% ../nbs/11_experiments.ipynb #40521d2d
+# %% ../nbs/11_experiments.ipynb #2506c227
+def summary(
+    records: list,  # of one configuration
+    samples: int = 10_000,  # of the bootstrap
+) -> pd.DataFrame:  # index: row; what it is, seeds, mean top-1 and std, then the gain over M1 with interval and verdict
+    "Each row's accuracy over its seeds, and its gain over the baseline of the same seeds."
+    top1 = pd.DataFrame([{k: r[k] for k in ("row", "top1")} for r in records]).groupby("row")["top1"]
+    table = pd.DataFrame({"seeds": top1.count(), "top-1": top1.mean(), "std": top1.std()}).reindex([row for row in ROWS if row in top1.groups])
+    table.insert(0, "what", [ROWS[row].says for row in table.index])
+    return table.join(gains(records, "M1", samples)[["gain", "low", "high", "verdict"]]).rename_axis("row")
+
+# %% ../nbs/11_experiments.ipynb #e77ee625
 STREAM_NAMES = {"joint": "J", "bone": "B", "joint+bone": "J+B", "joint+bone+joint-motion+bone-motion": "four streams"}
 
 
@@ -483,7 +494,7 @@ def stream_table(
     wide = frame.pivot_table(index="row", columns="stream", values="top1").rename(columns=STREAM_NAMES)
     return wide.reindex(index=[r for r in TERMS if r in wide.index], columns=[c for c in STREAM_NAMES.values() if c in wide])
 
-# %% ../nbs/11_experiments.ipynb #fb93e24c
+# %% ../nbs/11_experiments.ipynb #8564f35a
 def focus_picture(
     runs: dict,  # title → Run: networks to compare
     store,  # ClipStore
@@ -509,7 +520,7 @@ def focus_picture(
         fig.savefig(file, dpi=150, bbox_inches="tight")
     return fig
 
-# %% ../nbs/11_experiments.ipynb #7d01c26f
+# %% ../nbs/11_experiments.ipynb #617659ca
 def telling_clip(
     better: Scores,  # e.g. of STF
     baseline: Scores,  # e.g. of MS-G3D
@@ -520,7 +531,7 @@ def telling_clip(
     turned = (better.predicted == better.labels) & (baseline.predicted != baseline.labels)
     return better.names[int(np.argmax(gain + 2 * turned))]
 
-# %% ../nbs/11_experiments.ipynb #0482a9f9
+# %% ../nbs/11_experiments.ipynb #78a51e08
 SHORT = dict(epochs=10, milestones=(7, 9), stf_epochs=2, stf_milestones=(1,))  # the synthetic preset, cut to a few minutes on two cores
 
 
@@ -553,7 +564,7 @@ def demo_pictures(
     fig = focus_picture(runs, store, clip, folder / "focus.png")
     plt.close(ax.figure), plt.close(fig)
 
-# %% ../nbs/11_experiments.ipynb #19a2227f
+# %% ../nbs/11_experiments.ipynb #1a2c63a7
 def demo(
     folder="data/demo",  # everything is written here
     config: Config | None = None,  # of the baseline; None: the synthetic preset, a little shorter
