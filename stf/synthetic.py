@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FRAME_RATE', 'SEGMENTS', 'ANKLE_HEIGHT', 'REST', 'ACTIONS', 'JITTER', 'DRIFT', 'GUESS', 'INFERRED', 'LOST', 'BURSTS',
            'DEPTH_CAMERA', 'COLOUR_CAMERA', 'minimum_jerk', 'key_weights', 'bend_limb', 'Person', 'make_person',
-           'Reach', 'Script', 'Actor', 'plant_feet', 'bend_trunk', 'centre_of_mass', 'balance', 'bend_arms', 'act',
-           'Action', 'subject_person', 'perform', 'Camera', 'room_camera', 'Observation', 'observe', 'format_ntu',
-           'SyntheticConfig', 'record', 'write_synthetic']
+           'Reach', 'Script', 'walk', 'Actor', 'plant_feet', 'bend_trunk', 'centre_of_mass', 'balance', 'bend_arms',
+           'act', 'Action', 'subject_person', 'perform', 'Camera', 'room_camera', 'Observation', 'observe',
+           'format_ntu', 'SyntheticConfig', 'record', 'write_synthetic']
 
 # %% ../nbs/03_synthetic.ipynb #44847758
 from dataclasses import dataclass, replace
@@ -40,12 +40,12 @@ def key_weights(
     rise = np.concatenate([np.ones((1, len(t))), rise, np.zeros((1, len(t)))])
     return rise[:-1] - rise[1:]
 
-# %% ../nbs/03_synthetic.ipynb #ec681431
+# %% ../nbs/03_synthetic.ipynb #7aa5c24b
 def _unit(v):
     "v (…,3) divided by its length."
     return v / np.maximum(np.sqrt((v * v).sum(-1, keepdims=True)), 1e-12)
 
-
+# %% ../nbs/03_synthetic.ipynb #fe1e9ef1
 def bend_limb(
     root,  # (…,3) shoulder or hip
     target,  # (…,3) where the wrist or ankle shall be
@@ -65,7 +65,7 @@ def bend_limb(
     y = np.sqrt(np.maximum(upper**2 - x * x, 0.0))
     return root + along * x + aside * y, root + along * d
 
-# %% ../nbs/03_synthetic.ipynb #8f688838
+# %% ../nbs/03_synthetic.ipynb #a68913c4
 SEGMENTS = {  # metres, of the average person
     "low spine": 0.300, "high spine": 0.222, "neck": 0.075, "head": 0.122, "shoulder": 0.163, "upper arm": 0.262, "forearm": 0.242,
     "hand": 0.072, "finger": 0.066, "thumb": 0.046, "hip": 0.080, "thigh": 0.362, "shank": 0.368, "foot": 0.120,
@@ -73,7 +73,7 @@ SEGMENTS = {  # metres, of the average person
 ANKLE_HEIGHT = 0.085  # metres above the floor, of the average person
 _MIDDLE = ("low spine", "high spine", "neck", "head")
 
-
+# %% ../nbs/03_synthetic.ipynb #ecebabdf
 @dataclass(frozen=True)
 class Person:
     "One body: segment lengths in metres, and habits."
@@ -93,7 +93,7 @@ class Person:
         "Height relative to the average person."
         return self.lengths["height"]
 
-# %% ../nbs/03_synthetic.ipynb #a656dddc
+# %% ../nbs/03_synthetic.ipynb #4a4addf8
 def make_person(
     rng,  # numpy Generator that draws this person
     style: float = 1.0,  # 0: everybody is the average person; 1: as different as people are
@@ -114,7 +114,7 @@ def make_person(
         arms=(0.14 + abs(normal(0.06)), 0.05 + normal(0.06)), elbows=normal(0.3), sway=float(np.exp(normal(0.4))),
     )  # fmt: skip
 
-# %% ../nbs/03_synthetic.ipynb #158c8be5
+# %% ../nbs/03_synthetic.ipynb #02e45a0a
 @dataclass(frozen=True)
 class Reach:
     """Where a wrist shall be: an offset (out, up, forward) from a landmark.
@@ -132,41 +132,44 @@ class Reach:
 
 REST = Reach()
 
-# %% ../nbs/03_synthetic.ipynb #86aff342
+# %% ../nbs/03_synthetic.ipynb #15580d30
+_CONTROLS = {
+    "hand": REST, "other": REST,
+    "foot": (0.0, 0.0, 0.0), "other_foot": (0.0, 0.0, 0.0),  # metres out, up, forward of the stance
+    "toe": 0.0, "other_toe": 0.0,  # radians that the toes point down
+    "rise": 0.0,  # metres that the pelvis is higher than standing
+    "bend": 0.0, "twist": 0.0, "roll": 0.0,  # trunk, radians: forward, towards the active side, sideways
+    "nod": 0.0, "look": 0.0,  # head, radians
+    "weight": 0.5,  # share of the weight on `foot`
+    "sit": 0.0,  # 1: on the seat
+}  # fmt: skip
+
+# %% ../nbs/03_synthetic.ipynb #371423c9
+def _varied(value, vary):
+    "A control's value; the offset of a Reach differs by what `vary(standard deviation)` gives."
+    if isinstance(value, Reach) and value.landmark != "rest":
+        size = 0.05 if value.landmark == "chest" else 0.022
+        return replace(value, offset=tuple(x + vary(size) for x in value.offset))
+    return value
+
+# %% ../nbs/03_synthetic.ipynb #02579634
 class Script:
     "What a person does, as key poses in time. `hand` and `foot` are the preferred side's; `other` and `other_foot` the other side's."
-
-    DEFAULTS = {
-        "hand": REST, "other": REST,
-        "foot": (0.0, 0.0, 0.0), "other_foot": (0.0, 0.0, 0.0),  # metres out, up, forward of the stance
-        "toe": 0.0, "other_toe": 0.0,  # radians that the toes point down
-        "rise": 0.0,  # metres that the pelvis is higher than standing
-        "bend": 0.0, "twist": 0.0, "roll": 0.0,  # trunk, radians: forward, towards the active side, sideways
-        "nod": 0.0, "look": 0.0,  # head, radians
-        "weight": 0.5,  # share of the weight on `foot`
-        "sit": 0.0,  # 1: on the seat
-    }  # fmt: skip
 
     def __init__(self, rng, tempo=1.0, amplitude=1.0, style=1.0):
         self.rng, self.tempo, self.amplitude, self.style = rng, tempo, amplitude, style
         self.clock = 0.0
-        self.keys = {name: [(0.0, value)] for name, value in self.DEFAULTS.items()}
+        self.keys = {name: [(0.0, value)] for name, value in _CONTROLS.items()}
         self.lifts = []  # (foot, start, end, height)
 
     def vary(self, sd):
         "A random number of standard deviation `sd`, scaled by the style's strength."
         return float(self.style * sd * self.rng.standard_normal())
 
-    def _varied(self, value):
-        if isinstance(value, Reach) and value.landmark != "rest":
-            size = 0.05 if value.landmark == "chest" else 0.022
-            return replace(value, offset=tuple(x + self.vary(size) for x in value.offset))
-        return value
-
     def start(self, **values):
         "The pose at the very beginning."
         for name, value in values.items():
-            self.keys[name] = [(0.0, self._varied(value))]
+            self.keys[name] = [(0.0, _varied(value, self.vary))]
         return self
 
     def wait(self, seconds):
@@ -181,7 +184,7 @@ class Script:
             when, before = self.keys[name][-1]
             if when < self.clock:
                 self.keys[name].append((self.clock, before))
-            self.keys[name].append((end, self._varied(value)))
+            self.keys[name].append((end, _varied(value, self.vary)))
         self.clock = end
         return self
 
@@ -190,14 +193,6 @@ class Script:
         start = self.clock
         self.move(seconds, **{foot: (out, 0.0, forward)}, **targets)
         self.lifts.append((foot, start, self.clock, height))
-        return self
-
-    def walk(self, distance, seconds, stride=0.5, first="foot"):
-        "Walk straight on by `distance` metres; the last step brings the feet together."
-        steps = max(2, int(np.ceil(abs(distance) / stride)) + 1)
-        feet = [first, "other_foot" if first == "foot" else "foot"]
-        for i in range(steps):
-            self.step(seconds / steps, feet[i % 2], distance * min(1.0, (i + 1) / (steps - 1)), height=0.09)
         return self
 
     def track(self, name, t):
@@ -210,7 +205,16 @@ class Script:
         weights, values = self.track(name, t)
         return np.tensordot(np.asarray(values, dtype=float), weights, axes=(0, 0)).T
 
-# %% ../nbs/03_synthetic.ipynb #a4d13d01
+# %% ../nbs/03_synthetic.ipynb #88763965
+def walk(script, distance, seconds, stride=0.5, first="foot"):
+    "Walk straight on by `distance` metres; the last step brings the feet together."
+    steps = max(2, int(np.ceil(abs(distance) / stride)) + 1)
+    feet = [first, "other_foot" if first == "foot" else "foot"]
+    for i in range(steps):
+        script.step(seconds / steps, feet[i % 2], distance * min(1.0, (i + 1) / (steps - 1)), height=0.09)
+    return script
+
+# %% ../nbs/03_synthetic.ipynb #e665d3c1
 def _turn(axis, angle):
     "(…,3,3) right-handed rotations about x, y or z by `angle` (…) radians."
     angle = np.asarray(angle, dtype=float)
@@ -222,7 +226,7 @@ def _turn(axis, angle):
     R[..., i, j], R[..., j, i] = -s, s
     return R
 
-
+# %% ../nbs/03_synthetic.ipynb #bc14149d
 def _frame(turn, lean, roll):
     "(T,3,3) of a part of the trunk: turned about the vertical, leaning forward, leaning to the right."
     return _turn("y", turn) @ _turn("x", -np.asarray(lean)) @ _turn("z", -np.asarray(roll))
@@ -241,14 +245,14 @@ def _apply(R, v):
 _J = {name: i for i, name in enumerate(SKELETONS["ntu25"].joints)}
 _SIDES = (("left", -1), ("right", 1))
 
-# %% ../nbs/03_synthetic.ipynb #dd9c1dde
+# %% ../nbs/03_synthetic.ipynb #78599ac0
 def _idle(rng, t, size):
     "(T,) slow wandering of standard deviation about `size`: four waves between 0.1 and 0.8 Hz."
     f = rng.uniform(0.1, 0.8, 4)
     a = rng.standard_normal(4) * 0.3 / np.sqrt(f)
     return size * (a[:, None] * np.sin(2 * np.pi * (f[:, None] * t + rng.random((4, 1))))).sum(0)
 
-
+# %% ../nbs/03_synthetic.ipynb #c62d0243
 def _smooth(x, width):
     "Gaussian smoothing of x (T,C) over about `width` frames; the ends are held."
     half = int(3 * width) + 1
@@ -256,7 +260,7 @@ def _smooth(x, width):
     padded = np.concatenate([np.repeat(x[:1], half, 0), x, np.repeat(x[-1:], half, 0)])
     return np.stack([np.convolve(padded[:, c], kernel / kernel.sum(), "valid") for c in range(x.shape[1])], -1)
 
-
+# %% ../nbs/03_synthetic.ipynb #e1507d33
 class Actor:
     "A person on the way from a script to joints (T,25,3): what the functions below have found out so far."
 
@@ -279,7 +283,7 @@ class Actor:
         "The side that is active (or the other one): 'left' or 'right'."
         return "right" if (self.side > 0) == active else "left"
 
-# %% ../nbs/03_synthetic.ipynb #cbe73b80
+# %% ../nbs/03_synthetic.ipynb #26fa9d1d
 def plant_feet(actor):
     "Ankle targets (T,3) and directions of the toes (T,3), by side."
     person, t = actor.person, actor.t
@@ -299,7 +303,7 @@ def plant_feet(actor):
         actor.toes[side] = _apply(actor.heading, _unit(_local(k, 0.16 * np.cos(down), -np.sin(down), np.cos(down))))
         actor.ahead[side] = forward
 
-# %% ../nbs/03_synthetic.ipynb #23754b2a
+# %% ../nbs/03_synthetic.ipynb #9abf8662
 def bend_trunk(actor):
     "Spine, neck and head relative to the spine base (T,3); hips likewise; the chest's frame (T,3,3)."
     L, k, t, wander = actor.person.lengths, actor.side, actor.t, actor.wander
@@ -319,7 +323,7 @@ def bend_trunk(actor):
     for side, k in _SIDES:
         actor.trunk[f"{side} hip"] = L[f"{side} hip"] * _apply(pelvis, _unit(np.array([0.97 * k, -0.24, 0.0])))
 
-# %% ../nbs/03_synthetic.ipynb #944000a9
+# %% ../nbs/03_synthetic.ipynb #06b7afac
 _MASSES = [("spine base", "spine mid", 0.22), ("spine mid", "spine shoulder", 0.28), ("neck", "head", 0.08)] + [
     (f"{side} {a}", f"{side} {b}", m) for side, _ in _SIDES
     for a, b, m in (("shoulder", "elbow", 0.027), ("elbow", "wrist", 0.017), ("wrist", "hand", 0.006), ("hip", "knee", 0.10),
@@ -333,11 +337,10 @@ def centre_of_mass(
     "Centre of mass of an NTU body, each segment's mass half way along it."
     return sum(m * 0.5 * (joints[..., _J[a], :] + joints[..., _J[b], :]) for a, b, m in _MASSES)
 
-
-def _stand(actor, base):
-    "Joints of trunk and legs for a spine base at (x, ·, z) of `base` (T,3); its height is what the legs allow."
-    L, s, J = actor.person.lengths, actor.person.scale, actor.joints
-    legs = {side: (L[f"{side} thigh"], L[f"{side} shank"]) for side, _ in _SIDES}
+# %% ../nbs/03_synthetic.ipynb #1bd3cf1f
+def _pelvis(actor, base, legs):
+    "(T,3) spine base at (x, ·, z) of `base`, at the height that stance, seat and legs {side: (thigh, shank)} allow."
+    L, s = actor.person.lengths, actor.person.scale
     standing = ANKLE_HEIGHT * s + 0.992 * min(map(sum, legs.values())) + 0.24 * L["left hip"] + actor.get("rise") * s
     sit = actor.get("sit")[:, None]
     chair = _local(1, np.zeros(len(sit)), np.full(len(sit), actor.seat + 0.09 * s), np.full(len(sit), -0.86 * L["left thigh"]))
@@ -349,6 +352,14 @@ def _stand(actor, base):
         limits.append(base[:, 1] + away[:, 1] + np.sqrt(np.maximum((0.997 * sum(legs[side])) ** 2 - flat, 0.01)))
     lowest = np.min(limits, 0)
     base[:, 1] = lowest - np.log(np.exp(-300 * (np.array(limits) - lowest)).sum(0)) / 300  # a smooth minimum
+    return base
+
+# %% ../nbs/03_synthetic.ipynb #7d722764
+def _stand(actor, base):
+    "Joints of trunk and legs for a spine base at (x, ·, z) of `base` (T,3)."
+    L, J = actor.person.lengths, actor.joints
+    legs = {side: (L[f"{side} thigh"], L[f"{side} shank"]) for side, _ in _SIDES}
+    base = _pelvis(actor, base, legs)
     J[:, _J["spine base"]] = base
     for joint, way in actor.trunk.items():
         J[:, _J[joint]] = base + way
@@ -358,7 +369,16 @@ def _stand(actor, base):
         J[:, _J[f"{side} knee"]], ankle = bend_limb(J[:, _J[f"{side} hip"]], actor.ankles[side], *legs[side], pole, 0.5)
         J[:, _J[f"{side} ankle"]], J[:, _J[f"{side} foot"]] = ankle, ankle + L[f"{side} foot"] * toes
 
+# %% ../nbs/03_synthetic.ipynb #1369c720
+def _forward_reach(actor):
+    "(T,3) how far ahead of the shoulders the arms' mass is, roughly."
+    total = 0.0
+    for control in ("hand", "other"):
+        weights, reaches = actor.script.track(control, actor.t)
+        total = total + np.array([0.12 * r.offset[2] if r.landmark == "chest" else 0.0 for r in reaches]) @ weights
+    return _apply(actor.heading, _local(1, 0 * actor.t, 0 * actor.t, total))
 
+# %% ../nbs/03_synthetic.ipynb #fb27473f
 def balance(actor):
     "Find the spine base (T,3) that puts the centre of mass over the feet, and stand there. The seat carries who sits."
     w = actor.get("weight")[:, None]
@@ -373,16 +393,7 @@ def balance(actor):
         base = base + carried * (support - centre_of_mass(actor.joints)) * [1, 0, 1]
     _stand(actor, base)
 
-
-def _forward_reach(actor):
-    "(T,3) how far ahead of the shoulders the arms' mass is, roughly."
-    total = 0.0
-    for control in ("hand", "other"):
-        weights, reaches = actor.script.track(control, actor.t)
-        total = total + np.array([0.12 * r.offset[2] if r.landmark == "chest" else 0.0 for r in reaches]) @ weights
-    return _apply(actor.heading, _local(1, 0 * actor.t, 0 * actor.t, total))
-
-# %% ../nbs/03_synthetic.ipynb #574fa508
+# %% ../nbs/03_synthetic.ipynb #10c2b842
 _PARTNER = {"partner head": "head", "partner chest": "spine shoulder", "partner back": "spine mid"}
 
 
@@ -407,7 +418,7 @@ def _landmark(actor, reach, side, k, partner):
              "active foot": lambda: J[:, _J[f"{actor.name()} foot"]]}.get(name) or (lambda: partner.joints[:, _J[_PARTNER[name]]])  # fmt: skip
     return point() + _apply(actor.heading, _local(k, *(off * s)))
 
-
+# %% ../nbs/03_synthetic.ipynb #864d2492
 def _arc(weights, ways, outward):
     "(T,3) blend of K ways (K,T,3) from a shoulder: direction and distance apart, so that the hand swings round the body."
     far = np.sqrt((ways**2).sum(-1))
@@ -422,12 +433,36 @@ def _arc(weights, ways, outward):
     detour = (w * (1 - w) * apart)[:, None] * outward
     return (weights * far).sum(0)[:, None] * _unit((1 - w)[:, None] * towards[i, t] + w[:, None] * towards[j, t] + detour)
 
-# %% ../nbs/03_synthetic.ipynb #25347588
+# %% ../nbs/03_synthetic.ipynb #48663ab3
 def _blend(weights, rows):
     "(T,) or (T,C): rows (K,) or (K,C) weighted."
     return np.tensordot(np.asarray(rows, dtype=float), weights, axes=(0, 0)).T
 
 
+def _shoulder(actor, side, k, weights, reaches):
+    "Put the shoulder of a side in its place (T,3), by what the hand is going to do."
+    high = [r.landmark == "head" or (r.landmark == "chest" and r.offset[1] > 0.2) for r in reaches]
+    far = [r.landmark.startswith("partner") or r.landmark == "meet" or (r.landmark == "chest" and r.offset[2] > 0.6) for r in reaches]
+    girdle = _local(k, 0.95, -0.30 + 0.35 * _blend(weights, high), 0.22 * _blend(weights, far))
+    way = actor.person.lengths[f"{side} shoulder"] * _apply(actor.chest, _unit(girdle))
+    actor.joints[:, _J[f"{side} shoulder"]] = shoulder = actor.joints[:, _J["spine shoulder"]] + way
+    return shoulder
+
+
+def _hand(actor, side, k, weights, reaches):
+    "Put hand, finger tip and thumb of a side beyond its wrist."
+    J, L = actor.joints, actor.person.lengths
+    elbow, wrist = J[:, _J[f"{side} elbow"]], J[:, _J[f"{side} wrist"]]
+    palms = _blend(weights, [(0, 0, 0) if r.palm is None else _local(k, *r.palm) for r in reaches])
+    bent = _blend(weights, [r.palm is not None for r in reaches])[:, None]
+    fingers = _unit((1 - 0.75 * bent) * _unit(wrist - elbow) + 0.75 * _apply(actor.chest, palms))
+    inward = _apply(actor.chest, np.array([-0.55 * k, 0.45, -0.7]))
+    thumb = _unit(inward - (inward * fingers).sum(-1, keepdims=True) * fingers)
+    palm = wrist + L[f"{side} hand"] * fingers
+    J[:, _J[f"{side} hand"]], J[:, _J[f"{side} hand tip"]] = palm, palm + L[f"{side} finger"] * fingers
+    J[:, _J[f"{side} thumb"]] = palm + L[f"{side} thumb"] * (0.35 * fingers + np.sqrt(1 - 0.35**2) * thumb)
+
+# %% ../nbs/03_synthetic.ipynb #fe1cdf95
 def bend_arms(actor, partner=None):
     "Shoulders, elbows, wrists and hands; returns the joints (T,25,3)."
     J, L = actor.joints, actor.person.lengths
@@ -435,28 +470,17 @@ def bend_arms(actor, partner=None):
         side = actor.name(active)
         k = 1 if side == "right" else -1
         weights, reaches = actor.script.track(control, actor.t)
-        high = [r.landmark == "head" or (r.landmark == "chest" and r.offset[1] > 0.2) for r in reaches]
-        far = [r.landmark.startswith("partner") or r.landmark == "meet" or (r.landmark == "chest" and r.offset[2] > 0.6) for r in reaches]
-        girdle = _local(k, 0.95, -0.30 + 0.35 * _blend(weights, high), 0.22 * _blend(weights, far))
-        shoulder = J[:, _J["spine shoulder"]] + L[f"{side} shoulder"] * _apply(actor.chest, _unit(girdle))
-        J[:, _J[f"{side} shoulder"]] = shoulder
+        shoulder = _shoulder(actor, side, k, weights, reaches)
         ways = np.stack([_landmark(actor, r, side, k, partner) - shoulder for r in reaches])
         target = shoulder + _arc(weights, ways, _apply(actor.chest, _local(k, 0.6, 0.0, 0.8)))
         target = target + np.stack([actor.wander(0.012) for _ in range(3)], -1)
         pole = _blend(weights, [_local(k, r.pole[0] + 0.3 * actor.person.elbows, *r.pole[1:]) for r in reaches])
         elbow, wrist = bend_limb(shoulder, target, L[f"{side} upper arm"], L[f"{side} forearm"], _apply(actor.chest, pole))
         J[:, _J[f"{side} elbow"]], J[:, _J[f"{side} wrist"]] = elbow, wrist
-        palms = _blend(weights, [(0, 0, 0) if r.palm is None else _local(k, *r.palm) for r in reaches])
-        bent = _blend(weights, [r.palm is not None for r in reaches])[:, None]
-        fingers = _unit((1 - 0.75 * bent) * _unit(wrist - elbow) + 0.75 * _apply(actor.chest, palms))
-        inward = _apply(actor.chest, np.array([-0.55 * k, 0.45, -0.7]))
-        thumb = _unit(inward - (inward * fingers).sum(-1, keepdims=True) * fingers)
-        palm = wrist + L[f"{side} hand"] * fingers
-        J[:, _J[f"{side} hand"]], J[:, _J[f"{side} hand tip"]] = palm, palm + L[f"{side} finger"] * fingers
-        J[:, _J[f"{side} thumb"]] = palm + L[f"{side} thumb"] * (0.35 * fingers + np.sqrt(1 - 0.35**2) * thumb)
+        _hand(actor, side, k, weights, reaches)
     return J
 
-# %% ../nbs/03_synthetic.ipynb #483830e1
+# %% ../nbs/03_synthetic.ipynb #d26344ba
 def act(
     person: Person,  # who
     script: Script,  # does what
@@ -471,7 +495,7 @@ def act(
     balance(actor)
     return bend_arms(actor)
 
-# %% ../nbs/03_synthetic.ipynb #f4a4704f
+# %% ../nbs/03_synthetic.ipynb #1fa5fae4
 def _pick_up(s):
     a = s.amplitude
     s.wait(0.25)
@@ -482,7 +506,7 @@ def _pick_up(s):
     s.move(0.85, hand=Reach("chest", (-0.1, -0.4, 0.5), palm=(-0.4, 0.1, 0.9)), other=REST, bend=0.05, rise=0.0, nod=0.3, twist=0.0)
     return s.wait(0.3)
 
-
+# %% ../nbs/03_synthetic.ipynb #75762983
 def _sit_down(s):
     knees = Reach("knee", (-0.03, 0.09, -0.08), pole=(0.8, -0.3, -0.5), palm=(-0.2, -0.3, 1))
     loose = Reach("rest", (0.02, 0.05, 0.12))
@@ -492,7 +516,7 @@ def _sit_down(s):
     s.move(0.3, bend=0.0 + s.vary(0.08))
     return s.wait(0.4)
 
-
+# %% ../nbs/03_synthetic.ipynb #520444d5
 def _stand_up(s):
     knees = Reach("knee", (-0.03, 0.09, -0.08), pole=(0.8, -0.3, -0.5), palm=(-0.2, -0.3, 1))
     loose = Reach("rest", (0.02, 0.05, 0.12))
@@ -503,7 +527,7 @@ def _stand_up(s):
     s.move(0.65, sit=0.0, bend=0.0, nod=0.0, hand=REST, other=REST)
     return s.wait(0.35)
 
-# %% ../nbs/03_synthetic.ipynb #f0949fac
+# %% ../nbs/03_synthetic.ipynb #a16d3c56
 def _kick(s):
     a = s.amplitude
     guard = Reach("chest", (0.35, -0.5, 0.25))
@@ -515,7 +539,7 @@ def _kick(s):
     s.move(0.4, foot=(0.0, 0.0, 0.0), toe=0.0, weight=0.5, hand=REST, other=REST, rise=0.0)
     return s.wait(0.25)
 
-
+# %% ../nbs/03_synthetic.ipynb #7d443765
 def _hop(s):
     arms = Reach("chest", (0.55, -0.55, 0.15))
     up = (0.02, 0.30, -0.24)
@@ -529,7 +553,7 @@ def _hop(s):
     s.move(0.4, other_foot=(0.0, 0.0, 0.0), other_toe=0.0, weight=0.5, hand=REST, other=REST)
     return s.wait(0.1)
 
-
+# %% ../nbs/03_synthetic.ipynb #83b0a490
 def _jump(s):
     back = Reach("chest", (0.2, -0.9, -0.25))
     up = Reach("chest", (0.2, 0.35, 0.8), pole=(0.8, -0.5, 0.0))
@@ -541,7 +565,7 @@ def _jump(s):
         s.move(0.40, rise=0.0, bend=0.0, hand=REST, other=REST)
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #76c9fc2a
+# %% ../nbs/03_synthetic.ipynb #00f10c76
 def _throw(s):
     a = s.amplitude
     s.wait(0.2)
@@ -554,7 +578,7 @@ def _throw(s):
     s.move(0.5, hand=REST, twist=0.0, bend=0.0, weight=0.5)
     return s.wait(0.2)
 
-
+# %% ../nbs/03_synthetic.ipynb #a6772d86
 def _wave(s):
     a, high = s.amplitude, 0.40 + s.vary(0.18)
     place = lambda out: Reach("chest", (0.40 + out, high - abs(out) * 0.25, 0.25), pole=(0.5, -0.9, -0.25), palm=(0.4 * out, 1.0, 0.15))
@@ -566,7 +590,7 @@ def _wave(s):
     s.move(0.5, hand=REST)
     return s.wait(0.15)
 
-
+# %% ../nbs/03_synthetic.ipynb #0d965b78
 def _clap(s):
     height, far = -0.28 + s.vary(0.15), 0.50 + s.vary(0.05)
     both = lambda out: Reach("chest", (out, height, far), pole=(0.7, -0.7, -0.2), palm=(-0.35, 0.55, 0.8))
@@ -579,7 +603,7 @@ def _clap(s):
     s.move(0.45, hand=REST, other=REST)
     return s.wait(0.15)
 
-
+# %% ../nbs/03_synthetic.ipynb #8f2dd441
 def _point(s):
     aside, height = s.vary(0.35), 0.05 + s.vary(0.16)
     far = np.sqrt(max(0.97**2 - aside**2 - height**2, 0.3))
@@ -589,7 +613,7 @@ def _point(s):
     s.move(0.6, hand=REST, look=0.0, twist=0.0)
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #8457671a
+# %% ../nbs/03_synthetic.ipynb #1ee05b68
 def _touch(s, landmark):
     if landmark == "head":
         spot = Reach("head", (0.13, 0.0, 0.05), pole=(1.0, -0.45, 0.3), palm=(-0.6, 0.8, 0.0))
@@ -608,7 +632,7 @@ def _touch(s, landmark):
     s.move(0.65, hand=REST, nod=0.0, roll=0.0, **({"other": REST} if both else {}))
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #1d524f10
+# %% ../nbs/03_synthetic.ipynb #79406001
 def _shoe(s, reverse):
     "Put on: shoe in hand, foot up, pull from toe to heel, foot down. Take off: the same path backwards."
     in_hand = s.style * s.rng.random() < 0.5  # otherwise the shoe stands on the floor
@@ -638,13 +662,13 @@ def _shoe(s, reverse):
         s.move(0.85, **{**rest, **held})
     return s.wait(0.2)
 
-# %% ../nbs/03_synthetic.ipynb #6fcfa389
+# %% ../nbs/03_synthetic.ipynb #e3837fcd
 def _follow(b, a):
     "Let the partner's script run as long as the first one's."
     b.clock = max(a.clock, b.clock)
     a.clock = b.clock
 
-
+# %% ../nbs/03_synthetic.ipynb #8b9a2269
 def _punch(a, b):
     guard = Reach("chest", (-0.05, -0.15, 0.42), pole=(0.6, -0.9, -0.1))
     a.wait(0.2)
@@ -661,7 +685,7 @@ def _punch(a, b):
     a.wait(0.25)
     return 0.88
 
-
+# %% ../nbs/03_synthetic.ipynb #d36791df
 def _push(a, b):
     one = a.rng.random() < 0.3
     ready = Reach("chest", (-0.05, -0.3, 0.35), pole=(0.7, -0.8, -0.2), palm=(0, 0.9, 0.5))
@@ -683,7 +707,7 @@ def _push(a, b):
     a.wait(0.2)
     return 0.78
 
-
+# %% ../nbs/03_synthetic.ipynb #a2252334
 def _hug(a, b):
     for s, high in ((a, True), (b, False)):
         up = 0.16 if high else 0.02
@@ -699,7 +723,7 @@ def _hug(a, b):
     a.wait(0.15)
     return 0.86
 
-# %% ../nbs/03_synthetic.ipynb #88450a3b
+# %% ../nbs/03_synthetic.ipynb #aaf564b8
 def _handshake(a, b):
     grip = lambda up: Reach("meet", (0.0, 0.93 + up, -0.09), pole=(0.5, -0.9, -0.3), palm=(-0.05, 0.0, 1.0))
     height = a.vary(0.05)
@@ -721,11 +745,11 @@ def _handshake(a, b):
     a.wait(0.25)
     return 0.86
 
-
+# %% ../nbs/03_synthetic.ipynb #2d996069
 def _walk_towards(a, b):
     for s in (a, b):
         s.wait(0.15)
-        s.walk(0.62 + s.vary(0.1), 1.7, first="foot" if s.rng.random() < 0.5 else "other_foot")
+        walk(s, 0.62 + s.vary(0.1), 1.7, first="foot" if s.rng.random() < 0.5 else "other_foot")
     _follow(b, a)
     a.wait(0.2)
     return 2.1
@@ -734,12 +758,12 @@ def _walk_towards(a, b):
 def _walk_apart(a, b):
     for s in (a, b):
         s.wait(0.15)
-        s.walk(0.72 + s.vary(0.1), 1.7, first="foot" if s.rng.random() < 0.5 else "other_foot")
+        walk(s, 0.72 + s.vary(0.1), 1.7, first="foot" if s.rng.random() < 0.5 else "other_foot")
     _follow(b, a)
     a.wait(0.2)
     return -0.7  # they stand back to back
 
-# %% ../nbs/03_synthetic.ipynb #1c0a3396
+# %% ../nbs/03_synthetic.ipynb #1b976e48
 @dataclass(frozen=True)
 class Action:
     "One action: its NTU RGB+D number and name, and its script."
@@ -749,7 +773,7 @@ class Action:
     script: object  # script(s); for two people script(a, b) -> distance in metres (negative: back to back)
     people: int = 1
 
-
+# %% ../nbs/03_synthetic.ipynb #5c309c74
 ACTIONS = {
     a.number: a
     for a in (
@@ -776,12 +800,12 @@ ACTIONS = {
     )
 }
 
-# %% ../nbs/03_synthetic.ipynb #3058816d
+# %% ../nbs/03_synthetic.ipynb #4dc2dca7
 def _random(*numbers):
     "A random stream that depends on these numbers alone."
     return np.random.default_rng(np.random.SeedSequence([int(n) for n in numbers]))
 
-
+# %% ../nbs/03_synthetic.ipynb #b7510293
 def subject_person(
     subject: int,  # subject number, from 1
     seed: int = 0,  # the data set's seed
@@ -790,7 +814,7 @@ def subject_person(
     "The person behind a subject number, the same in each recording."
     return make_person(_random(seed, 1, subject), style)
 
-
+# %% ../nbs/03_synthetic.ipynb #91fa4d29
 def _cast(action, people, scripts, facing, rng, style):
     "Write the scripts; the places (x, z), directions and active sides of one or two people."
     normal = lambda sd: style * sd * rng.standard_normal()
@@ -808,7 +832,7 @@ def _cast(action, people, scripts, facing, rng, style):
     sides = [1, 1] if action.name == "handshake" else sides
     return [centre - ahead, centre + ahead], [v + normal(0.05) for v in turns], sides
 
-# %% ../nbs/03_synthetic.ipynb #c42a7354
+# %% ../nbs/03_synthetic.ipynb #8b74a079
 def perform(
     action: int,  # NTU action number, a key of ACTIONS
     subject: int,  # subject number, from 1
@@ -835,7 +859,7 @@ def perform(
             build(actor)
     return np.stack([bend_arms(actor, actors[1 - i] if len(actors) == 2 else None) for i, actor in enumerate(actors)])
 
-# %% ../nbs/03_synthetic.ipynb #75f6bbb1
+# %% ../nbs/03_synthetic.ipynb #ab5f8ef3
 @dataclass(frozen=True)
 class Camera:
     "A depth camera on a tripod; metres and radians. It looks at the room's middle, turned and tilted a little."
@@ -851,7 +875,7 @@ class Camera:
         position = np.array([self.distance * np.sin(self.azimuth), self.height, -self.distance * np.cos(self.azimuth)])
         return (np.asarray(joints) - position) @ _turn("y", self.turn - self.azimuth) @ _turn("x", -self.tilt)
 
-
+# %% ../nbs/03_synthetic.ipynb #0a304c61
 def room_camera(
     camera: int,  # 1, 2 or 3
     setup: int = 33,  # setup number: other positions of the tripods
@@ -864,7 +888,7 @@ def room_camera(
     azimuth = {1: 0.0, 2: np.pi / 4, 3: -np.pi / 4}[camera] + 0.05 * u[0]
     return Camera(azimuth, 3.5 + 0.3 * u[1], 0.75 + 0.15 * u[2], 0.04 * u[3], 0.04 * u[4])
 
-# %% ../nbs/03_synthetic.ipynb #9a62b7e6
+# %% ../nbs/03_synthetic.ipynb #1da39319
 def _by_joint(default, **special):
     "(25,) one value a joint; a name without a side means both sides."
     values = np.full(25, float(default))
@@ -874,7 +898,7 @@ def _by_joint(default, **special):
                 values[i] = value
     return values
 
-
+# %% ../nbs/03_synthetic.ipynb #96bc80c7
 JITTER = 1e-3 * _by_joint(  # metres, from frame to frame
     0.35, head=0.5, elbow=0.8, wrist=2.0, hand=2.6, hand_tip=5.5, thumb=8.5, knee=0.6, ankle=0.8, foot=3.3)  # fmt: skip
 DRIFT = 1e-3 * _by_joint(  # metres, slow, on top of the parent's
@@ -885,11 +909,13 @@ INFERRED = _by_joint(  # share of frames, beside those behind a trunk
     0.002, head=0.007, shoulder=0.12, elbow=0.12, wrist=0.20, hand=0.30, hand_tip=0.04, thumb=0.04, knee=0.06, ankle=0.08, foot=0.06)  # fmt: skip
 LOST = _by_joint(0.0, wrist=0.002, hand=0.004, hand_tip=0.008, thumb=0.008, ankle=0.002, foot=0.006)  # share of frames
 BURSTS = (1.5, 22.0, 0.25)  # mean length in frames of short and of long bursts, share of the long ones
+
+# %% ../nbs/03_synthetic.ipynb #73dd7ab6
 _TREE = [(1, 0), (20, 1), (2, 20), (3, 2)] + [  # (joint, parent) from the spine base outwards
     pair for a, b in ((4, 12), (8, 16)) for pair in ((a, 20), (a + 1, a), (a + 2, a + 1), (a + 3, a + 2), (b, 0), (b + 1, b), (b + 2, b + 1), (b + 3, b + 2))
 ] + [(21, 7), (22, 7), (23, 11), (24, 11)]  # fmt: skip
 
-# %% ../nbs/03_synthetic.ipynb #7172d413
+# %% ../nbs/03_synthetic.ipynb #b1cf0cdc
 def _bursts(rng, shape, rate):
     "(M,T,25) bool: bursts of frames that cover about `rate` (25,) of each joint's time."
     M, T, V = shape
@@ -901,7 +927,7 @@ def _bursts(rng, shape, rate):
     end = np.maximum.accumulate(np.where(starts, frame + length, 0), axis=1)
     return (frame < end)[:, before:]
 
-
+# %% ../nbs/03_synthetic.ipynb #8612a35e
 def _hidden(joints):
     "(M,T,25) bool: limb joints (in camera coordinates) that a trunk stands before."
     hidden = np.zeros(joints.shape[:3], dtype=bool)
@@ -916,7 +942,7 @@ def _hidden(joints):
                                   "left shoulder", "right shoulder")]] = False  # fmt: skip
     return hidden
 
-# %% ../nbs/03_synthetic.ipynb #02f7c7fb
+# %% ../nbs/03_synthetic.ipynb #3ad0bf75
 def _slow(rng, shape, width):
     "Gaussian noise of unit size (M,T,…), correlated over about `width` frames."
     T = shape[1]
@@ -925,21 +951,21 @@ def _slow(rng, shape, width):
     white = rng.standard_normal((shape[0], k.shape[1], int(np.prod(shape[2:]))))
     return np.einsum("ts,msc->mtc", k, white).reshape(shape)
 
-
+# %% ../nbs/03_synthetic.ipynb #f02d7ede
 def _stretch(rng, T):
     "(T,) bool: true in one run of frames, between a fifth and three quarters of them; mostly at an end."
     n = int(np.clip(T * rng.uniform(0.2, 0.75), 1, T - 1))
     start = int(rng.integers(0, 2)) * (T - n) if rng.random() < 0.7 else int(rng.integers(0, T - n + 1))
     return (np.arange(T) >= start) & (np.arange(T) < start + n)
 
-
+# %% ../nbs/03_synthetic.ipynb #99d6dc52
 def _false_body(rng, person):
     "(T,25,3) a body where there is none, beside `person` (T,25,3)."
     still = (person[:1] - person[:1, :1]) * rng.uniform(0.3, 1.0, 3) + 0.08 * rng.standard_normal((1, 25, 3))
     beside = np.array([rng.choice([-1, 1]) * rng.uniform(0.6, 1.4), rng.uniform(-0.5, 0.1), rng.uniform(-0.3, 0.8)])
     return still + person[0, 0] + beside + 0.03 * _slow(rng, (1, len(person), 25, 3), 4)[0]
 
-
+# %% ../nbs/03_synthetic.ipynb #ec47c4b8
 @dataclass
 class Observation:
     "What one camera saw."
@@ -949,7 +975,7 @@ class Observation:
     present: np.ndarray  # (M,T) whether the body is in the file at all
     ids: tuple  # M body IDs, 17 digits
 
-# %% ../nbs/03_synthetic.ipynb #d0c098ba
+# %% ../nbs/03_synthetic.ipynb #7a683832
 def _errors(rng, shape, inferred):
     "(M,T,25,3) metres: drift that adds up from joint to joint, worse at inferred joints, and jitter; more in depth."
     depth = np.array([1.0, 1.0, 1.3])
@@ -960,7 +986,7 @@ def _errors(rng, shape, inferred):
         drift[:, :, joint] += drift[:, :, parent]
     return drift + (JITTER * (1 + 1.5 * inferred))[..., None] * depth * rng.standard_normal(shape)
 
-
+# %% ../nbs/03_synthetic.ipynb #85baa884
 def observe(
     world,  # (M,T,25,3) joints in the room, from `perform`
     camera: Camera,  # where the sensor stands
@@ -988,7 +1014,7 @@ def observe(
     ids = 72057594037900000 + rng.choice(40000, len(joints), replace=False)
     return Observation(joints, state, present, tuple(int(i) for i in ids))
 
-# %% ../nbs/03_synthetic.ipynb #07a6863d
+# %% ../nbs/03_synthetic.ipynb #8966f641
 DEPTH_CAMERA = (366.0, 258.0, 208.0)  # focal length and centre, pixels
 COLOUR_CAMERA = (1058.0, 974.0, 557.0)
 _JOINT_ROW = "%.6g %.6g %.6g %.5g %.5g %.5g %.5g 0 0 0 0 %d\n"
@@ -1011,7 +1037,7 @@ def format_ntu(
     frames = [f"{p.sum()}\n" + "".join(body[m] for m in np.flatnonzero(p)) for p in seen.present.T]
     return (f"{T}\n" + "".join(frames)) % tuple(values.ravel().tolist())
 
-# %% ../nbs/03_synthetic.ipynb #48582e10
+# %% ../nbs/03_synthetic.ipynb #44587480
 @dataclass(frozen=True)
 class SyntheticConfig:
     "What to record. The default is 20 actions × 12 subjects × 3 cameras = 720 clips. Raises ValueError for what can't be recorded."
@@ -1046,7 +1072,7 @@ class SyntheticConfig:
         "(action, subject, repetition, camera) of each clip, in order."
         return [(a, p, r, c) for a in self.actions for p in self.subjects for r in self.repetitions for c in self.cameras]
 
-# %% ../nbs/03_synthetic.ipynb #677b6691
+# %% ../nbs/03_synthetic.ipynb #1e10fc82
 def record(
     action: int,  # NTU action number
     subject: int,  # subject number, from 1
@@ -1062,7 +1088,7 @@ def record(
     where = room_camera(camera, config.setup, config.seed)
     return observe(world, where, rng, config.noise, config.occlusion, config.false_bodies, config.missing_bodies)
 
-
+# %% ../nbs/03_synthetic.ipynb #dc33f450
 def write_synthetic(
     folder,  # where the files go; made if it isn't there
     config: SyntheticConfig = SyntheticConfig(),
