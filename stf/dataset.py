@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'REBUILD', 'protocol_name', 'name_tags', 'protocol_side', 'split_sides',
-           'read_header', 'check_files', 'open_rows', 'StoredClips', 'BatchStore', 'ClipStore', 'StoreView',
-           'subset_store', 'relabel_store', 'validation_split', 'fraction', 'MadeAhead', 'StoreSource', 'open_store',
-           'StoreError', 'StoreBusy', 'build_store']
+           'read_header', 'check_files', 'check_contents', 'open_rows', 'StoredClips', 'AccountedClips', 'BatchStore',
+           'ClipStore', 'StoreView', 'subset_store', 'relabel_store', 'validation_split', 'fraction', 'MadeAhead',
+           'StoreSource', 'open_store', 'StoreError', 'StoreBusy', 'build_store']
 
 # %% ../nbs/04_dataset.ipynb #aee59b35
 import difflib
@@ -141,7 +141,7 @@ def check_files(folder, header):
             found = "is missing" if size is None else f"has {size} bytes instead of {known['bytes']}"
             raise StoreError(f"{path}: {found}; {REBUILD}")
 
-# %% ../nbs/04_dataset.ipynb #41db3137
+# %% ../nbs/04_dataset.ipynb #f5cf8c7e
 def _left_out(folder):
     return json.loads((folder / "left_out.json").read_bytes())
 
@@ -152,6 +152,13 @@ def _file_hash(path):
         for piece in iter(lambda: f.read(1 << 20), b""):
             h.update(piece)
     return h.hexdigest()
+
+
+def check_contents(folder, header):
+    "Hash every file of a store and compare with the header; StoreError names the first that differs."
+    for name, known in header["files"].items():
+        if _file_hash(Path(folder) / name) != known["sha256"]:
+            raise StoreError(f"{folder}: {name}: its content has changed since the store was built; build it again")
 
 # %% ../nbs/04_dataset.ipynb #18f910cc
 def open_rows(folder, header) -> PackedClips:
@@ -207,8 +214,22 @@ class StoredClips:
         label = int(self.class_labels[self.labels[i]])
         return Clip(joints, visible, self.names[i], label, skeleton=self.skeleton, **self.about(i))
 
-# %% ../nbs/04_dataset.ipynb #0dc0c36b
-class BatchStore(StoredClips):
+# %% ../nbs/04_dataset.ipynb #28bb42bf
+class AccountedClips(StoredClips):
+    "Stored clips, and what was left out when they were stored."
+
+    @property
+    def refused(self):
+        "DataFrame (path, place, reason): files that could not be read when the store was built."
+        return pd.DataFrame(_left_out(self.folder)["refused"], columns=["path", "place", "reason"])
+
+    @property
+    def skipped(self):
+        "Names that were left out on purpose."
+        return _left_out(self.folder)["skipped"]
+
+# %% ../nbs/04_dataset.ipynb #40af2aef
+class BatchStore(AccountedClips):
     "Stored clips that make batches, from the memory map or from rows that are kept on a device."
 
     def to(self, device):
@@ -245,7 +266,7 @@ class BatchStore(StoredClips):
         "Iterator over the batches of some groups of clips: exactly those of `batch`, made while the network works. See MadeAhead."
         return MadeAhead(self, groups, prefetch, options)
 
-# %% ../nbs/04_dataset.ipynb #50a0a7a1
+# %% ../nbs/04_dataset.ipynb #b125fda9
 class ClipStore(BatchStore):
     "Clips in a folder: one copy in true length for all protocols and streams, memory-mapped. StoreError if damaged."
 
@@ -273,21 +294,9 @@ class ClipStore(BatchStore):
         "A store under other classes, perhaps fewer; files are shared. StoreError for a class that isn't there."
         return relabel_store(self, to, classes)
 
-    @property
-    def refused(self):
-        "DataFrame (path, place, reason): files that could not be read when the store was built."
-        return pd.DataFrame(_left_out(self.folder)["refused"], columns=["path", "place", "reason"])
-
-    @property
-    def skipped(self):
-        "Names that were left out on purpose."
-        return _left_out(self.folder)["skipped"]
-
     def verify(self):
         "Hash every file and compare with the header; StoreError names the first that differs."
-        for name, known in self.header["files"].items():
-            if _file_hash(self.folder / name) != known["sha256"]:
-                raise StoreError(f"{self.folder}: {name}: its content has changed since the store was built; build it again")
+        check_contents(self.folder, self.header)
 
     @classmethod
     def build(
@@ -311,7 +320,7 @@ class ClipStore(BatchStore):
         build_store(clips, folder, classes, skip, strict, progress, overwrite, workers)
         return cls(folder)
 
-# %% ../nbs/04_dataset.ipynb #9fabbae9
+# %% ../nbs/04_dataset.ipynb #698f220e
 class StoreView(ClipStore):
     "Some clips of a store, perhaps under other classes. Everything a store can do, on the same files."
 
@@ -344,7 +353,7 @@ class StoreView(ClipStore):
         about = self.base.about(int(self.numbers[i]))
         return {**about, "class_name": self.classes[self.labels[i]]} if self.own_classes else about
 
-# %% ../nbs/04_dataset.ipynb #750f6b3a
+# %% ../nbs/04_dataset.ipynb #a811fe52
 def _class_number(store, given):
     "Number of a class given by name or number; StoreError with the closest name if there is none."
     if isinstance(given, (int, np.integer)) and 0 <= given < len(store.classes):
@@ -355,7 +364,7 @@ def _class_number(store, given):
     hint = f"did you mean {near[0]!r}?" if near else f"there are {len(store.classes)}, from {store.classes[0]!r} to {store.classes[-1]!r}"
     raise StoreError(f"{store.folder}: no class {given!r} in this store; {hint}")
 
-# %% ../nbs/04_dataset.ipynb #2ef0229e
+# %% ../nbs/04_dataset.ipynb #d6fff49b
 def subset_store(store, indices=None, classes=None):
     "The work of ClipStore.subset."
     numbers = _check_indices(indices, len(store))
@@ -366,7 +375,7 @@ def subset_store(store, indices=None, classes=None):
         raise StoreError(f"{store.folder}: a class is named twice: {list(classes)}")
     return _relabelled(store, numbers, {k: i for i, k in enumerate(chosen)}, [store.classes[k] for k in chosen])
 
-# %% ../nbs/04_dataset.ipynb #e1e34242
+# %% ../nbs/04_dataset.ipynb #b57e90f7
 def _relabelled(store, numbers, new, classes):
     "A view of the clips whose class number has a new one."
     table = np.array([new.get(k, -1) for k in range(len(store.classes))])
@@ -375,7 +384,7 @@ def _relabelled(store, numbers, new, classes):
         raise StoreError(f"{store.folder}: no clip is left of classes {', '.join(map(repr, classes[:5]))}")
     return StoreView(store, numbers[labels >= 0], labels[labels >= 0], classes)
 
-# %% ../nbs/04_dataset.ipynb #9eef8a72
+# %% ../nbs/04_dataset.ipynb #02f85c80
 def relabel_store(store, to, classes=None):
     "The work of ClipStore.relabel."
     if not isinstance(to, dict):
@@ -391,12 +400,12 @@ def relabel_store(store, to, classes=None):
     new = {k: classes.index(n) for k, n in enumerate(named) if n is not None}
     return _relabelled(store, np.arange(len(store)), new, classes)
 
-# %% ../nbs/04_dataset.ipynb #c30f3f05
+# %% ../nbs/04_dataset.ipynb #a3d5ae9a
 def _shuffled(items, seed):
     "In an order that depends on the seed only (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
 
-# %% ../nbs/04_dataset.ipynb #c60b7081
+# %% ../nbs/04_dataset.ipynb #cd5511ae
 def _groups(store, numbers, by):
     "{value of a tag: clip numbers}; StoreError for a clip without it."
     groups = {}
@@ -407,7 +416,7 @@ def _groups(store, numbers, by):
         groups.setdefault(json.dumps(tags[by]), []).append(i)
     return groups
 
-# %% ../nbs/04_dataset.ipynb #b8b903ee
+# %% ../nbs/04_dataset.ipynb #ec4b6306
 def validation_split(
     store: ClipStore,
     train,  # clip numbers of the training side
@@ -429,7 +438,7 @@ def validation_split(
             break
     return np.setdiff1d(train, held), np.sort(np.array(held, dtype=np.int64))
 
-# %% ../nbs/04_dataset.ipynb #1c7418f4
+# %% ../nbs/04_dataset.ipynb #28700d72
 def fraction(
     store: ClipStore,
     train,  # clip numbers of the training side
@@ -446,7 +455,7 @@ def fraction(
     groups = [order[of == k] for k in np.unique(of)]
     return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))
 
-# %% ../nbs/04_dataset.ipynb #3aef12b6
+# %% ../nbs/04_dataset.ipynb #194cd1bd
 def _make_on(device, make):
     "(batch, event): made on a stream of the calling thread's own; event is None on the CPU."
     if device.type != "cuda":
@@ -461,7 +470,7 @@ def _make_on(device, make):
 
     return made
 
-# %% ../nbs/04_dataset.ipynb #f5660965
+# %% ../nbs/04_dataset.ipynb #e5a3a093
 def _fill(groups, made, ready, stop):
     "The thread: batches, or the error that ended it, into the queue until it is told to stop."
     for indices in groups:
@@ -478,7 +487,7 @@ def _fill(groups, made, ready, stop):
         if stop.is_set() or isinstance(item, Exception):
             return
 
-# %% ../nbs/04_dataset.ipynb #b84fbb45
+# %% ../nbs/04_dataset.ipynb #d258b4bd
 def _handed_over(batch, event):
     "The batch, once its event is waited for by the stream of the calling thread."
     if event is not None:
@@ -488,13 +497,29 @@ def _handed_over(batch, event):
             tensor.record_stream(here)
     return batch
 
-
+# %% ../nbs/04_dataset.ipynb #678cc799
 def _batch_error(number, names, error):
     "StoreError that says which batch, of which clips, and what went wrong."
     more = f" and {len(names) - 5} others" if len(names) > 5 else ""
     return StoreError(f"batch {number} (clips {', '.join(map(str, names[:5]))}{more}): {type(error).__name__}: {error}")
 
-# %% ../nbs/04_dataset.ipynb #255e64f6
+# %% ../nbs/04_dataset.ipynb #ea53ba6e
+def _take(ready, thread):
+    "What the thread has put into the queue next: a batch with its event, or an error. RuntimeError if it has ended."
+    while True:
+        try:
+            return ready.get(timeout=1)
+        except queue.Empty:
+            if not thread.is_alive() and ready.empty():
+                raise RuntimeError("the thread that makes batches has ended") from None
+
+
+def _device_of(store, device):
+    "The device on which a store makes batches: the given one, else where its rows are; \"cuda\" is this thread's current one."
+    resident = store._on_device
+    return torch.empty(0, device=device or ("cpu" if resident is None else resident.joints.device)).device
+
+# %% ../nbs/04_dataset.ipynb #7afe5bcc
 class MadeAhead:
     "Iterator over batches that a thread makes ahead. An error comes as StoreError with the clips' names; `close` ends the thread."
 
@@ -502,9 +527,8 @@ class MadeAhead:
         self.names, self.groups, self.at = store.names, [_check_indices(g, len(store)) for g in groups], 0
         if isinstance(prefetch, bool) or not isinstance(prefetch, (int, np.integer)) or prefetch < 0:
             raise ValueError(f"prefetch must be a number of batches, 0 or more, got {prefetch!r}")
-        options, resident = dict(options or {}), store._on_device
-        device = options.get("device") or ("cpu" if resident is None else resident.joints.device)
-        device = options["device"] = torch.empty(0, device=device).device  # "cuda" is this thread's current one
+        options = dict(options or {})
+        device = options["device"] = _device_of(store, options.get("device"))
         make = lambda indices: store.batch(indices, **options)
         self.stop, self.thread, self.make = threading.Event(), None, lambda indices: (make(indices), None)
         if prefetch and self.groups:
@@ -524,7 +548,7 @@ class MadeAhead:
             self.close()
             raise StopIteration
         try:
-            item = self.make(self.groups[self.at]) if self.thread is None else self._take()
+            item = self.make(self.groups[self.at]) if self.thread is None else _take(self.ready, self.thread)
             if isinstance(item, Exception):
                 raise item
         except Exception as e:
@@ -532,15 +556,6 @@ class MadeAhead:
             raise _batch_error(self.at, [self.names[i] for i in self.groups[self.at].tolist()], e) from e
         self.at += 1
         return _handed_over(*item)
-
-    def _take(self):
-        "What the thread has made next: a batch with its event, or an error."
-        while True:
-            try:
-                return self.ready.get(timeout=1)
-            except queue.Empty:
-                if not self.thread.is_alive() and self.ready.empty():
-                    raise RuntimeError("the thread that makes batches has ended") from None
 
     def close(self):
         "Let the thread end; nothing more comes."
@@ -558,7 +573,7 @@ class MadeAhead:
         if stop := getattr(self, "stop", None):
             stop.set()
 
-# %% ../nbs/04_dataset.ipynb #1a9d2cdb
+# %% ../nbs/04_dataset.ipynb #cb9e81e1
 class StoreSource:
     "A store in the form that `open_clips` gives."
 
@@ -579,7 +594,7 @@ class StoreSource:
     def parse(self, i, raw):
         return self.store[i]
 
-# %% ../nbs/04_dataset.ipynb #9bdc0a31
+# %% ../nbs/04_dataset.ipynb #6016aae1
 def open_store(
     path,  # maybe a store
 ):  # Clips, or None
