@@ -899,7 +899,7 @@ class ThreeBlocks(nn.Module):
     def forward(self, x):
         return self.head(self.features(x).last)
 
-# %% ../nbs/05_backbone.ipynb #06a25234
+# %% ../nbs/05_backbone.ipynb #2f8b4e34
 class MSG3D(ThreeBlocks):
     """MS-G3D (Liu et al., CVPR 2020), the backbone of STF: (N,C,T,V,M) → (N,classes).
 
@@ -909,6 +909,7 @@ class MSG3D(ThreeBlocks):
 
     # constructor arguments beside the skeleton, kept as attributes: what a checkpoint must say to build the network again
     SIZES = ("num_classes", "in_channels", "num_bodies", "widths", "gcn_scales", "g3d_scales", "windows", "exact")
+    has_beta = False  # for L_Gk (notebook 08); STFNet has
 
     def __init__(
         self,

@@ -338,15 +338,15 @@ def check_network(config):
     if config.train_only and not config.init:
         raise ConfigError("train_only='head' needs a trained network to keep: name it, init='data/runs/…'")
 
-# %% ../nbs/09b_config.ipynb #a082ac6d
+# %% ../nbs/09b_config.ipynb #7e69a95f
 def check_objective(config):
     "Loss terms that the network and the input have."
     if config.losses is not None and (extra := set(config.losses) - set("edcg")):
         raise ConfigError(f"losses are letters of 'edcg'; unknown: {', '.join(sorted(extra))}")
     if config.mask == "coordinates" and config.preprocess == "msg3d":
         raise ConfigError("mask='coordinates' needs a visibility channel: preprocess='paper'")
-    if config.model == "msg3d" and config.loss_weights.g:
-        raise ConfigError("the adjacency loss (g) needs model='stf': MS-G3D has no β and no G")
+    if config.loss_weights.g and not getattr(NETWORKS[config.model], "has_beta", True):
+        raise ConfigError(f"the adjacency loss (g) needs model='stf': {config.model!r} has no β and no G")
     if config.sync_bn and config.loss_weights.c:
         raise ConfigError("sync_bn has no second derivative, which the coherence loss (c) needs: leave one of them out")
 

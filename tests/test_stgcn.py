@@ -348,8 +348,9 @@ def test_second_stages(store, trained, tmp_path):
         assert c.model == "stgcn" and c.lr == c.stf_lr
         seen[losses] = set(run(c, store, progress=False).history.columns)
     assert {"e"} <= seen["e"] - seen[""] and {"d", "c"} <= seen["dc"] - seen[""]
-    with pytest.raises(ValueError, match="β"):
+    with pytest.raises(ConfigError, match="'stgcn' has no β"):  # before a folder is claimed
         run(trained.config.second_stage("g").replace(folder=str(tmp_path / "g")), store, progress=False)
+    assert not (tmp_path / "g").exists()
 
 
 def test_start_from_another_network_is_refused(store, trained, tmp_path):
