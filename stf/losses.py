@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_SHAPE', 'map_distance', 'adjacency_loss', 'mask_input', 'exploration_loss', 'divergence_loss', 'coherence_loss',
-           'LossWeights', 'shuffle_focus', 'permute_focus', 'STFLoss']
+           'LossWeights', 'shuffle_focus', 'permute_focus', 'masked_logits', 'tied_foci', 'STFLoss']
 
 # %% ../nbs/08_losses.ipynb #3a5f10eb
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .focus import grad_cam, module_focus, resample_focus
 
-# %% ../nbs/08_losses.ipynb #5d0365cf
+# %% ../nbs/08_losses.ipynb #79d2b904
 PAPER_SHAPE = 75 * 25  # entries of the paper's focus: T/4 = 75 frames, 25 joints
 
 
@@ -36,7 +36,7 @@ def map_distance(
         return length / (entries * present.sum(1).clamp(min=1)).sqrt()
     raise ValueError(f'norm must be "frobenius" or "rms", got {norm!r}')
 
-# %% ../nbs/08_losses.ipynb #63a7a79b
+# %% ../nbs/08_losses.ipynb #7bf5c74a
 def adjacency_loss(
     betas: list,  # β(X^l) of each module, (N,M,T_l,V) in 0..1
     q: torch.Tensor,  # (N,M,T',V) focus of the predicted class: a target
@@ -48,7 +48,7 @@ def adjacency_loss(
     losses = [map_distance(beta.to(q.dtype), resample_focus(q, beta.shape[2]), present, norm) for beta in betas]
     return torch.stack(losses).mean()
 
-# %% ../nbs/08_losses.ipynb #14609c17
+# %% ../nbs/08_losses.ipynb #f4d21be2
 def mask_input(
     x: torch.Tensor,  # (N,C,T,V,M)
     q: torch.Tensor,  # (N,M,T',V) in 0..1
@@ -71,7 +71,7 @@ def exploration_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.softmax(1).gather(1, classes[:, None]).mean()
 
-# %% ../nbs/08_losses.ipynb #4720c1fe
+# %% ../nbs/08_losses.ipynb #88695f6e
 def divergence_loss(
     q_i: torch.Tensor,  # (N,M,T',V) focus of the most likely class
     q_j: torch.Tensor,  # (N,M,T',V) focus of the second
@@ -81,7 +81,7 @@ def divergence_loss(
     "L_d: minus the distance of the top two classes' foci (Eq. 4). Gradient reaches last features and head, never the class indices."
     return -map_distance(q_i, q_j, present, norm).mean()
 
-# %% ../nbs/08_losses.ipynb #e786bb72
+# %% ../nbs/08_losses.ipynb #7cb3823a
 def coherence_loss(
     q_i: torch.Tensor,  # (N,M,T',V) focus of module i
     q_j: torch.Tensor,  # (N,M,T'',V) focus of module j; resampled to T' where it differs
@@ -91,7 +91,7 @@ def coherence_loss(
     "L_c: distance of two modules' foci (Eq. 5). Gradient reaches the modules, the part above them and the head, never the class index."
     return map_distance(q_i, resample_focus(q_j, q_i.shape[2]), present, norm).mean()
 
-# %% ../nbs/08_losses.ipynb #c69c357a
+# %% ../nbs/08_losses.ipynb #1fb4e740
 @dataclass(frozen=True)
 class LossWeights:
     "The paper's λ (Eq. 6); a weight of 0 leaves its term out, and its computation."
@@ -106,10 +106,7 @@ class LossWeights:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"the weight {name!r} must be a finite number ≥ 0, got {value!r}")
 
-
-_COHERENCE = {"pathways": ("sgcn3", "gcn3d3"), "blocks": ("block2", "block3")}
-
-# %% ../nbs/08_losses.ipynb #824b14d8
+# %% ../nbs/08_losses.ipynb #a0196385
 def shuffle_focus(
     q: torch.Tensor,  # (N,M,T',V)
 ) -> torch.Tensor:  # (N,M,T',V)
@@ -127,7 +124,47 @@ def permute_focus(
     values = q.flatten(1).gather(1, (torch.rand(here.shape, device=q.device) + 2 * ~here).argsort(dim=1))
     return torch.zeros_like(values).scatter(1, places, values).view_as(q)
 
-# %% ../nbs/08_losses.ipynb #e61c0bb8
+# %% ../nbs/08_losses.ipynb #a53fb8c8
+_COHERENCE = {"pathways": ("sgcn3", "gcn3d3"), "blocks": ("block2", "block3")}
+
+
+def _check_options(net, weights, coherence, control):
+    "ValueError for an option that isn't one, or a term that the network can't have."
+    if coherence not in _COHERENCE:
+        raise ValueError(f"coherence must be one of {sorted(_COHERENCE)}, got {coherence!r}")
+    if control not in ("", "shuffled", "random"):
+        raise ValueError(f'control must be "", "shuffled" or "random", got {control!r}')
+    if weights.g and not hasattr(net, "stf"):
+        raise ValueError("λ_g > 0 needs a network with STF modules (STFNet): this one has no β")
+
+# %% ../nbs/08_losses.ipynb #b882e25f
+def masked_logits(
+    net: nn.Module,  # speaks the protocol of stf.focus
+    x: torch.Tensor,  # (N,C,T,V,M)
+    q: torch.Tensor,  # (N,M,T',V) what is hidden
+    mask: str = "all",  # channels, as in mask_input
+) -> torch.Tensor:  # (N,classes)
+    "Logits of the input without what q points at: a second pass through the network, in running statistics."
+    return net.head(net.features(mask_input(x, q, mask), running=True).last)
+
+# %% ../nbs/08_losses.ipynb #a4c6d7a3
+def tied_foci(
+    net: nn.Module,  # speaks the protocol of stf.focus
+    f,  # its Features of a batch
+    classes: torch.Tensor,  # (N,) class asked about
+    names: tuple,  # the two maps, lower one first
+    score: str = "probability",
+) -> tuple:  # two foci (N,M,T',V), (N,M,T'',V), both differentiable
+    "Foci of the two modules that L_c ties."
+    foci = {}
+    for group in [names] if names == _COHERENCE["pathways"] else [(name,) for name in names]:
+        if group == ("block3",):
+            foci["block3"] = grad_cam(f, net.head, classes, score)
+        else:
+            foci.update(module_focus(net, f, classes, group, score, differentiable=True))
+    return tuple(foci[name] for name in names)
+
+# %% ../nbs/08_losses.ipynb #73f9a7ba
 class STFLoss(nn.Module):
     """The paper's objective (Eq. 6) for a network that speaks the protocol of `stf.focus`.
 
@@ -147,46 +184,26 @@ class STFLoss(nn.Module):
         control: str = "",  # "shuffled": L_Gk with the neighbour's focus; "random": L_e with the focus at random places
     ):
         super().__init__()
-        if coherence not in _COHERENCE:
-            raise ValueError(f"coherence must be one of {sorted(_COHERENCE)}, got {coherence!r}")
-        if control not in ("", "shuffled", "random"):
-            raise ValueError(f'control must be "", "shuffled" or "random", got {control!r}')
-        if weights.g and not hasattr(net, "stf"):
-            raise ValueError("λ_g > 0 needs a network with STF modules (STFNet): this one has no β")
+        _check_options(net, weights, coherence, control)
         self.net, self.weights, self.score, self.norm = net, weights, score, norm
         self.names, self.guide = getattr(net, "coherence_modules", _COHERENCE)[coherence], guide
         self.mask, self.control = mask, control
-
-    def exploration(self, x, q, classes):
-        "L_e: the masked input once more through the network, in running statistics."
-        return exploration_loss(self.net.head(self.net.features(mask_input(x, q, self.mask), running=True).last), classes)
-
-    def coherence(self, f, classes):
-        "L_c of the two named modules; they are asked together if they enter the network together, else one by one."
-        together = self.names == _COHERENCE["pathways"]
-        groups = [self.names] if together else [(name,) for name in self.names]
-        foci = {}
-        for names in groups:
-            if names == ("block3",):
-                foci["block3"] = grad_cam(f, self.net.head, classes, self.score)
-            else:
-                foci.update(module_focus(self.net, f, classes, names, self.score, differentiable=True))
-        low, high = (foci[name] for name in self.names)
-        return coherence_loss(low, high.detach() if self.guide else high, f.present, self.norm)
 
     def forward(self, x, y):
         f = self.net.features(x)
         logits = self.net.head(f.last)
         terms = {"ce": F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), y)}
-        w, (first, second) = self.weights, logits.detach().topk(2, dim=1).indices.t()
+        w, (first, second) = self.weights, logits.detach().topk(2, dim=1).indices.t()  # the predicted class, and its rival
         if w.e or w.d or w.g:
             q = grad_cam(f, self.net.head, first, self.score)
         if w.e:
-            terms["e"] = self.exploration(x, permute_focus(q, f.present) if self.control == "random" else q, first)
+            hidden = permute_focus(q, f.present) if self.control == "random" else q
+            terms["e"] = exploration_loss(masked_logits(self.net, x, hidden, self.mask), first)
         if w.d:
             terms["d"] = divergence_loss(q, grad_cam(f, self.net.head, second, self.score), f.present, self.norm)
         if w.c:
-            terms["c"] = self.coherence(f, first)
+            low, high = tied_foci(self.net, f, first, self.names, self.score)
+            terms["c"] = coherence_loss(low, high.detach() if self.guide else high, f.present, self.norm)
         if w.g:
             terms["g"] = adjacency_loss(f.beta, shuffle_focus(q) if self.control == "shuffled" else q, f.present, self.norm)
         loss = terms["ce"] + sum(getattr(w, k) * v for k, v in terms.items() if k != "ce")
