@@ -16,10 +16,13 @@ import torch
 
 from .skeleton import Skeleton
 
-# %% ../nbs/03a_augment.ipynb #c1501403
+# %% ../nbs/03a_augment.ipynb #97f374e9
+_LIMITS = {"rotate": (0, 180), "scale": (0, 0.9), "flip": (0, 1), "crop": (0.01, 1), "drop_joints": (0, 0.9), "drop_bodies": (0, 1)}
+
+
 @dataclass(frozen=True)
 class Augment:
-    "Random variants of clips, all off by default; sizes and sources are in the table of notebook 03a. ValueError for what can't be."
+    "Random variants of clips, all off by default; sizes and sources are in the table of 03a_augment. ValueError for what can't be."
 
     rotate: float = 0.0  # degrees, uniform in ± this about each axis (CTR-GCN, pyskl: 17); 2D: in the plane
     scale: float = 0.0  # each axis times 1 ± this (pyskl, SkateFormer: 0.2)
@@ -45,9 +48,6 @@ class Augment:
     def in_time(self) -> bool:
         "Whether it changes which frames are taken."
         return self.crop < 1 or bool(self.uniform)
-
-
-_LIMITS = {"rotate": (0, 180), "scale": (0, 0.9), "flip": (0, 1), "crop": (0.01, 1), "drop_joints": (0, 0.9), "drop_bodies": (0, 1)}
 
 # %% ../nbs/03a_augment.ipynb #b7a89044
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2⁶⁴ over the golden ratio: an odd step that visits all 64-bit numbers
@@ -232,7 +232,13 @@ def keep_bodies(
     score = torch.where(present, u, -torch.ones_like(u))
     return (u >= p) | (score == score.amax(1, keepdim=True))
 
-# %% ../nbs/03a_augment.ipynb #6aa4632a
+# %% ../nbs/03a_augment.ipynb #e2353114
+def _times(x, A):
+    "Each clip's matrix (N,C,C) times its points (N,…,C), coordinate by coordinate."
+    A = A.to(x.dtype).view(len(A), 1, 1, 1, *A.shape[1:])
+    return sum(x[..., i, None] * A[..., i] for i in range(A.shape[-1]))
+
+# %% ../nbs/03a_augment.ipynb #99d80619
 def augment_joints(
     x: torch.Tensor,  # (N,M,T,V,C) prepared joints, 0 where missing
     visible: torch.Tensor,  # (N,M,T,V)
@@ -257,9 +263,3 @@ def augment_joints(
         kept = keep_joints(u.view(N, M, V), augment.drop_joints, seen) & keep_bodies(v, augment.drop_bodies, seen.any(2))[..., None]
         x, visible = x * kept[:, :, None, :, None], visible * kept[:, :, None]
     return x, visible
-
-# %% ../nbs/03a_augment.ipynb #dc481c91
-def _times(x, A):
-    "Each clip's matrix (N,C,C) times its points (N,…,C), coordinate by coordinate."
-    A = A.to(x.dtype).view(len(A), 1, 1, 1, *A.shape[1:])
-    return sum(x[..., i, None] * A[..., i] for i in range(A.shape[-1]))

@@ -63,7 +63,30 @@ def pack_clip(
     rows = lambda a: np.concatenate([a[m, first : first + count] for m, (first, count) in enumerate(tracks[:, :2])])
     return tracks, rows(clip.joints), rows(clip.visible)
 
-# %% ../nbs/03b_batches.ipynb #36c30bd6
+# %% ../nbs/03b_batches.ipynb #4ae019df
+def _ranges(starts, counts):
+    "The numbers starts[i] … starts[i] + counts[i] − 1 of all i, one after the other."
+    ends = np.cumsum(counts)
+    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+
+# %% ../nbs/03b_batches.ipynb #93386423
+def _take(a, rows, device):
+    "Rows of an array, a memory map or a tensor, in the stored type, on a device."
+    if torch.is_tensor(a):
+        return a[torch.from_numpy(rows).to(a.device)].to(device)
+    if device.type != "cuda":
+        return torch.from_numpy(np.take(a, rows, axis=0)).to(device)
+    kind = torch.from_numpy(np.empty(0, a.dtype)).dtype
+    locked = torch.empty((len(rows), *a.shape[1:]), dtype=kind, pin_memory=True)
+    np.take(a, rows, axis=0, out=locked.numpy(), mode="clip")
+    return locked.to(device, non_blocking=True)
+
+# %% ../nbs/03b_batches.ipynb #d16fcd78
+def _true_units(a, unit):
+    "float32 in true units."
+    return a.float() / torch.full((), float(unit), device=a.device) if unit != 1 else a.float()
+
+# %% ../nbs/03b_batches.ipynb #bc92f613
 @dataclass
 class PackedClips:
     "N clips as rows: R rows, K tracks. Rows may lie in memory, in a file (memory-mapped), or on a device."
@@ -108,30 +131,18 @@ class PackedClips:
         return replace(self, tracks=self.tracks[ks], rows=self.rows[ks], starts=np.concatenate([[0], np.cumsum(counts)]),
                        frames=self.frames[indices], labels=self.labels[indices] if labels is None else labels)  # fmt: skip
 
-# %% ../nbs/03b_batches.ipynb #51785343
-def _ranges(starts, counts):
-    "The numbers starts[i] … starts[i] + counts[i] − 1 of all i, one after the other."
-    ends = np.cumsum(counts)
-    return np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+# %% ../nbs/03b_batches.ipynb #fe2764b9
+def _check_alike(clip, other):
+    "A clip can stand in a batch with another one, or ValueError."
+    if clip.skeleton is None:
+        raise ValueError(f"clip {clip.name!r} has no skeleton, and none with {clip.joints.shape[2]} joints is known: "
+                         "give it one, Clip(..., skeleton=…)")  # fmt: skip
+    if clip.skeleton != other.skeleton or clip.joints.shape[3] != other.joints.shape[3]:
+        raise ValueError(f"clip {clip.name!r} has another skeleton or number of coordinates than {other.name!r}")
+    if clip.tags.get("preprocessed") != other.tags.get("preprocessed"):
+        raise ValueError(f"of clips {clip.name!r} and {other.name!r} one was preprocessed before and the other wasn't")
 
-# %% ../nbs/03b_batches.ipynb #427a07a0
-def _take(a, rows, device):
-    "Rows of an array, a memory map or a tensor, in the stored type, on a device."
-    if torch.is_tensor(a):
-        return a[torch.from_numpy(rows).to(a.device)].to(device)
-    if device.type != "cuda":
-        return torch.from_numpy(np.take(a, rows, axis=0)).to(device)
-    kind = torch.from_numpy(np.empty(0, a.dtype)).dtype
-    locked = torch.empty((len(rows), *a.shape[1:]), dtype=kind, pin_memory=True)
-    np.take(a, rows, axis=0, out=locked.numpy(), mode="clip")
-    return locked.to(device, non_blocking=True)
-
-# %% ../nbs/03b_batches.ipynb #6cd21610
-def _true_units(a, unit):
-    "float32 in true units."
-    return a.float() / torch.full((), float(unit), device=a.device) if unit != 1 else a.float()
-
-# %% ../nbs/03b_batches.ipynb #b9631ec1
+# %% ../nbs/03b_batches.ipynb #2628074c
 def pack_clips(
     clips,  # Clips of one skeleton and one number of coordinates
     labels=None,  # class index of each clip; default: the clips' own labels, −1 where they have none
@@ -151,17 +162,6 @@ def pack_clips(
         np.asarray(labels, dtype=np.int64), clips[0].skeleton, preprocessed=clips[0].tags.get("preprocessed", ""),
     )  # fmt: skip
 
-# %% ../nbs/03b_batches.ipynb #a947da69
-def _check_alike(clip, other):
-    "A clip can stand in a batch with another one, or ValueError."
-    if clip.skeleton is None:
-        raise ValueError(f"clip {clip.name!r} has no skeleton, and none with {clip.joints.shape[2]} joints is known: "
-                         "give it one, Clip(..., skeleton=…)")  # fmt: skip
-    if clip.skeleton != other.skeleton or clip.joints.shape[3] != other.joints.shape[3]:
-        raise ValueError(f"clip {clip.name!r} has another skeleton or number of coordinates than {other.name!r}")
-    if clip.tags.get("preprocessed") != other.tags.get("preprocessed"):
-        raise ValueError(f"of clips {clip.name!r} and {other.name!r} one was preprocessed before and the other wasn't")
-
 # %% ../nbs/03b_batches.ipynb #d31b9abf
 def unpack_clip(
     packed: PackedClips,  # clips as rows
@@ -177,7 +177,7 @@ def unpack_clip(
     out[0][place], out[1][place] = joints, visible
     return out
 
-# %% ../nbs/03b_batches.ipynb #2dd3af94
+# %% ../nbs/03b_batches.ipynb #6e084242
 @dataclass
 class Rows:
     "The R rows of the N clips of a batch, on the device, with the place of each."
@@ -200,7 +200,7 @@ class Rows:
         table[(self.clip * places + place) * T + self.time] = torch.where(present, number, -1)
         return table.view(N, places, T)
 
-# %% ../nbs/03b_batches.ipynb #42d9b696
+# %% ../nbs/03b_batches.ipynb #b2381ed7
 def gather_rows(
     packed: PackedClips,
     indices,  # which clips
@@ -219,7 +219,7 @@ def gather_rows(
     size = (N, int(slot.max()) + 1, int(rank.max()) + 1, int(frames.max()))
     return Rows(joints, visible, clip, time, slot_of, rank_of, torch.from_numpy(frames).to(device), size)
 
-# %% ../nbs/03b_batches.ipynb #cb9910ed
+# %% ../nbs/03b_batches.ipynb #fb629a24
 def _double(x):
     "float64, or float32 on devices that have no float64."
     return x.float() if x.device.type == "mps" else x.double()
@@ -232,7 +232,7 @@ def _pick(values, table):
         here, values[table.clamp(min=0)], torch.zeros((), dtype=values.dtype, device=values.device)
     )
 
-# %% ../nbs/03b_batches.ipynb #c86ad854
+# %% ../nbs/03b_batches.ipynb #f59a3508
 def _reorder(table, order, num_bodies):
     "Table rows (N,S,T) in the order (N,S,T), the first num_bodies of them; missing bodies are −1."
     table = table.gather(1, order[:, :num_bodies].expand(-1, -1, table.shape[2]))
@@ -245,7 +245,7 @@ def _highest(table, score, num_bodies):
     score = torch.where((table >= 0).any(2), score, -torch.ones_like(score))
     return _reorder(table, score.argsort(dim=1, descending=True, stable=True)[..., None], num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #b9c07178
+# %% ../nbs/03b_batches.ipynb #85fcbc67
 def by_spread(rows, table, num_bodies):
     "Bodies with the largest spread: standard deviation of all joints in all present frames, summed over x, y, z."
     x = _double(rows.joints)
@@ -254,7 +254,7 @@ def by_spread(rows, table, num_bodies):
     mean, square = (_pick(moments, table).sum(2) / n).chunk(2, 2)
     return _highest(table, (square - mean.square()).clamp(min=0).sqrt().sum(2), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #5fed5aea
+# %% ../nbs/03b_batches.ipynb #94f9097c
 def by_score(rows, table, num_bodies):
     "In each frame the bodies with the highest scores, summed over joints."
     score = torch.zeros_like(_double(rows.visible[:, 0]))
@@ -263,7 +263,7 @@ def by_score(rows, table, num_bodies):
     score = torch.where(table >= 0, _pick(score, table), -torch.ones_like(score[:1]))
     return _reorder(table, score.argsort(dim=1, descending=True, stable=True), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #66c5a976
+# %% ../nbs/03b_batches.ipynb #cfc05a64
 def by_presence(rows, table, num_bodies):
     "Bodies that are present in the most frames."
     return _highest(table, _double((table >= 0).sum(2)), num_bodies)
@@ -275,7 +275,7 @@ def by_motion(rows, table, num_bodies):
     n = (table >= 0).sum(2, keepdim=True).clamp(min=1)
     return _highest(table, (x.square().sum(2) / n - (x.sum(2) / n).square()).sum(2), num_bodies)
 
-# %% ../nbs/03b_batches.ipynb #88fcde81
+# %% ../nbs/03b_batches.ipynb #00641f3d
 def by_denoising(rows, table, num_bodies):
     "By motion, without bodies of at most 11 frames or wider than 0.8 of their height (y is up) in over 70 % of them."
     size = rows.joints.amax(1) - rows.joints.amin(1)
@@ -287,7 +287,7 @@ def by_denoising(rows, table, num_bodies):
 
 BODY_RULES = {"spread": by_spread, "presence": by_presence, "motion": by_motion, "denoise": by_denoising}
 
-# %% ../nbs/03b_batches.ipynb #1622c7de
+# %% ../nbs/03b_batches.ipynb #f5e0e130
 def _masked_median(values, mask, dim):
     "Median over a dimension where mask is true (mean of the middle two); 0 where there is nothing."
     ordered = torch.where(mask, values, torch.inf).sort(dim).values
@@ -295,7 +295,7 @@ def _masked_median(values, mask, dim):
     low, high = (ordered.gather(dim, i.clamp(0, values.shape[dim] - 1)) for i in ((n - 1) // 2, n // 2))
     return torch.where(n > 0, (low + high) / 2, torch.zeros_like(low)).squeeze(dim)
 
-# %% ../nbs/03b_batches.ipynb #bf27505e
+# %% ../nbs/03b_batches.ipynb #1a415d00
 def _nearest(mask):
     "(N,T): for each frame the nearest one where mask is true, the earlier of two; any if there is none."
     T = mask.shape[1]
@@ -304,7 +304,7 @@ def _nearest(mask):
     after = torch.where(mask, t, 3 * T).flip(1).cummin(1).values.flip(1)
     return torch.where(t - before <= after - t, before, after).clamp(0, T - 1)
 
-# %% ../nbs/03b_batches.ipynb #38afb60a
+# %% ../nbs/03b_batches.ipynb #88c14385
 def _main_centre(rows, main, centre):
     "(N,T,C): where the main body's centre joint is in each frame."
     seen = _pick(rows.visible[:, centre], main) > 0
@@ -314,7 +314,7 @@ def _main_centre(rows, main, centre):
     mean = total / _pick(w.sum(1), main).sum(1).clamp(min=1)[:, None]
     return torch.where(seen.any(1)[:, None, None], path, mean[:, None])
 
-# %% ../nbs/03b_batches.ipynb #2f856bcc
+# %% ../nbs/03b_batches.ipynb #3f0920d8
 def _main_height(rows, main, chain):
     "(N,): the main body's height; 1 where it can't be measured."
     chain = torch.tensor(chain, device=main.device)
@@ -326,13 +326,13 @@ def _main_height(rows, main, chain):
     height = torch.where(whole.any(1), by_frame, by_segment)
     return torch.where(height > 1e-6, height, torch.ones_like(height))
 
-# %% ../nbs/03b_batches.ipynb #41ea5e8a
+# %% ../nbs/03b_batches.ipynb #8f05e731
 def _time_index(frames, length):
     "(N,length): which frame stands at time t: repeated if the clip is shorter, sampled evenly if it is longer."
     t, L = torch.arange(length, device=frames.device), frames[:, None]
     return torch.where(L <= length, t % L, (2 * t + 1) * L // (2 * length))
 
-# %% ../nbs/03b_batches.ipynb #1842412d
+# %% ../nbs/03b_batches.ipynb #6842a8f5
 def paper_joints(
     rows: Rows,
     skeleton: Skeleton,
@@ -357,7 +357,7 @@ def paper_joints(
     x = rows.joints[table.clamp(min=0)].sub_(centre[:, None, :, None])
     return x.div_(height.view(N, 1, 1, 1, 1)).mul_((visible > 0)[..., None]), visible
 
-# %% ../nbs/03b_batches.ipynb #36e40f19
+# %% ../nbs/03b_batches.ipynb #4d535cf5
 def rotation_onto(
     vectors,  # (N,3)
     axis: int,  # 0 for x, 1 for y, 2 for z
@@ -375,7 +375,7 @@ def rotation_onto(
     still = (v.abs().sum(1) < 1e-6) | (torch.linalg.cross(v, e).abs().sum(1) < 1e-6)
     return torch.where(still[:, None, None], eye, R).to(vectors.dtype)
 
-# %% ../nbs/03b_batches.ipynb #3917ec49
+# %% ../nbs/03b_batches.ipynb #9a67483a
 def _fill(table, length):
     "Table (N,M,T) → (N,M,length): late bodies moved to the front without gaps, each body repeated from its own end."
     T = table.shape[2]
@@ -389,7 +389,7 @@ def _fill(table, length):
     t = torch.arange(length, device=table.device) % end.clamp(min=1)
     return table.gather(2, order.gather(2, t))
 
-# %% ../nbs/03b_batches.ipynb #800f072e
+# %% ../nbs/03b_batches.ipynb #90bae71a
 MAX_LISTED = 4  # the public NTU code looks at the first four bodies that a frame lists
 
 
@@ -403,31 +403,6 @@ def _sample_long(table, frames, length):
     t = torch.arange(min(table.shape[2], length), device=table.device)
     L = frames[:, None]
     return _at(table, torch.where(L <= length, t.expand(len(frames), -1), (2 * t + 1) * L // (2 * length)))
-
-# %% ../nbs/03b_batches.ipynb #5cfd8d0e
-def msg3d_joints(
-    rows: Rows,
-    skeleton: Skeleton,
-    length: int,  # T
-    num_bodies: int,  # M
-    t=None,  # (N,T) int64 frames to show instead of filling up to `length`
-):  # (x (N,M,T,V,C), visible (N,M,T,V))
-    "Preparation of the public MS-G3D code: bodies in 3D (with spine and shoulders), and Kinetics (openpose18)."
-    table = rows.table(rows.rank, rows.size[2])
-    if rows.joints.shape[2] == 2:
-        return _msg3d_flat(rows, skeleton, table, length, num_bodies, t)
-    if skeleton.spine is None or skeleton.shoulders is None:
-        raise ValueError(f"preset 'msg3d' turns the body by its spine and shoulders, which skeleton {skeleton.name!r} doesn't name; "
-                         "use preprocess='paper'")  # fmt: skip
-    packing = (table < 0).int().argsort(dim=1, stable=True)[:, :MAX_LISTED]
-    table = by_spread(rows, table.gather(1, packing), num_bodies)
-    if t is None:
-        table = _fill(_sample_long(table, rows.frames, length), length)
-        table = torch.cat([table[:, :, :1], table], 2)
-    else:
-        table = _at(_fill(table, table.shape[2]), torch.cat([_time_index(rows.frames, length)[:, :1], t], 1))
-    x = _turned(_pick(rows.joints, table), skeleton)
-    return x[:, :, 1:], _pick(rows.visible, table[:, :, 1:])
 
 # %% ../nbs/03b_batches.ipynb #2de39dfa
 def _turned(x, skeleton):
@@ -454,7 +429,32 @@ def _msg3d_flat(rows, skeleton, table, length, num_bodies, t):
     x = (_pick(rows.joints, table) - 0.5) * rows.joints.new_tensor([1, -1])
     return x * (visible != 0)[..., None], visible
 
-# %% ../nbs/03b_batches.ipynb #c3b36e23
+# %% ../nbs/03b_batches.ipynb #dbb8a88e
+def msg3d_joints(
+    rows: Rows,
+    skeleton: Skeleton,
+    length: int,  # T
+    num_bodies: int,  # M
+    t=None,  # (N,T) int64 frames to show instead of filling up to `length`
+):  # (x (N,M,T,V,C), visible (N,M,T,V))
+    "Preparation of the public MS-G3D code: bodies in 3D (with spine and shoulders), and Kinetics (openpose18)."
+    table = rows.table(rows.rank, rows.size[2])
+    if rows.joints.shape[2] == 2:
+        return _msg3d_flat(rows, skeleton, table, length, num_bodies, t)
+    if skeleton.spine is None or skeleton.shoulders is None:
+        raise ValueError(f"preset 'msg3d' turns the body by its spine and shoulders, which skeleton {skeleton.name!r} doesn't name; "
+                         "use preprocess='paper'")  # fmt: skip
+    packing = (table < 0).int().argsort(dim=1, stable=True)[:, :MAX_LISTED]
+    table = by_spread(rows, table.gather(1, packing), num_bodies)
+    if t is None:
+        table = _fill(_sample_long(table, rows.frames, length), length)
+        table = torch.cat([table[:, :, :1], table], 2)
+    else:
+        table = _at(_fill(table, table.shape[2]), torch.cat([_time_index(rows.frames, length)[:, :1], t], 1))
+    x = _turned(_pick(rows.joints, table), skeleton)
+    return x[:, :, 1:], _pick(rows.visible, table[:, :, 1:])
+
+# %% ../nbs/03b_batches.ipynb #4b1a950f
 def prepared_joints(
     rows: Rows,
     skeleton: Skeleton,
@@ -473,7 +473,7 @@ def prepared_joints(
         table = torch.nn.functional.pad(table, (0, length - table.shape[2]), value=-1)
     return _pick(rows.joints, table), _pick(rows.visible, table)
 
-# %% ../nbs/03b_batches.ipynb #1bb2b6f2
+# %% ../nbs/03b_batches.ipynb #a374af9d
 STREAMS = ("joint", "bone", "joint-motion", "bone-motion")
 PRESETS = {"paper": paper_joints, "msg3d": msg3d_joints}
 
@@ -484,45 +484,7 @@ class Batch(NamedTuple):
     x: torch.Tensor
     y: torch.Tensor
 
-# %% ../nbs/03b_batches.ipynb #d422e73a
-def bone_parents(
-    skeleton: Skeleton,
-    preprocess: str = "paper",  # preset
-) -> np.ndarray:  # (V,) int64
-    "Joint that each bone starts from. Public Kinetics bones hang on the nose (its graph on the neck): 'msg3d' too."
-    parents = skeleton.parents
-    if preprocess == "msg3d" and skeleton.name == "openpose18":
-        nose, neck = skeleton.index("nose"), skeleton.index("neck")
-        parents[[nose, neck]] = nose
-    return parents
-
-# %% ../nbs/03b_batches.ipynb #44e731e4
-def _difference(x, w, other_x, other_w, hide):
-    "Difference of two joints or frames, and its visibility; 0 where it is not visible, if `hide`."
-    x, w = other_x - x, torch.minimum(w, other_w)
-    return (x * (w > 0)[..., None] if hide else x), w
-
-# %% ../nbs/03b_batches.ipynb #779eecdc
-def make_streams(x, visible, stream, parents, hide):
-    "Joints (N,M,T,V,C) and visibility → the stream's values and visibility."
-    if stream.startswith("bone"):
-        x, visible = _difference(x[..., parents, :], visible[..., parents], x, visible, hide)
-    if stream.endswith("motion"):
-        after = torch.arange(1, x.shape[2] + 1, device=x.device).clamp(max=x.shape[2] - 1)
-        x, visible = _difference(x, visible, x[:, :, after], visible[:, :, after], hide)
-    return x, visible
-
-# %% ../nbs/03b_batches.ipynb #10fe0a62
-def in_channels(
-    clips,  # ClipStore, PackedClips, Clip, or the number of coordinates (2 or 3)
-    preprocess: str = "paper",  # preset
-) -> int:  # C
-    "Channels of a batch: coordinates and visibility (or score); 'msg3d' has no visibility for bodies in 3D."
-    _check("preprocess", preprocess, PRESETS)
-    C = clips if isinstance(clips, (int, np.integer)) else getattr(clips, "packed", clips).joints.shape[-1]
-    return int(C) + (C == 2 or preprocess == "paper")
-
-# %% ../nbs/03b_batches.ipynb #cd76b146
+# %% ../nbs/03b_batches.ipynb #3b985039
 def _check(what, value, known):
     if value not in known:
         raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
@@ -532,7 +494,7 @@ def _check_number(what, value):
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{what} must be an integer ≥ 1, got {value!r}")
 
-# %% ../nbs/03b_batches.ipynb #3121c871
+# %% ../nbs/03b_batches.ipynb #d0631ac0
 def _check_indices(indices, N):
     indices = np.arange(N) if indices is None else np.asarray(indices)
     if indices.dtype == bool:
@@ -546,7 +508,45 @@ def _check_indices(indices, N):
         raise IndexError(f"clip numbers go from 0 to {N - 1}; got {wrong[0]}")
     return indices.astype(np.int64)
 
-# %% ../nbs/03b_batches.ipynb #5fb2ca3f
+# %% ../nbs/03b_batches.ipynb #6e23d64a
+def bone_parents(
+    skeleton: Skeleton,
+    preprocess: str = "paper",  # preset
+) -> np.ndarray:  # (V,) int64
+    "Joint that each bone starts from. Public Kinetics bones hang on the nose (its graph on the neck): 'msg3d' too."
+    parents = skeleton.parents
+    if preprocess == "msg3d" and skeleton.name == "openpose18":
+        nose, neck = skeleton.index("nose"), skeleton.index("neck")
+        parents[[nose, neck]] = nose
+    return parents
+
+# %% ../nbs/03b_batches.ipynb #6101b867
+def _difference(x, w, other_x, other_w, hide):
+    "Difference of two joints or frames, and its visibility; 0 where it is not visible, if `hide`."
+    x, w = other_x - x, torch.minimum(w, other_w)
+    return (x * (w > 0)[..., None] if hide else x), w
+
+# %% ../nbs/03b_batches.ipynb #76b87d90
+def make_streams(x, visible, stream, parents, hide):
+    "Joints (N,M,T,V,C) and visibility → the stream's values and visibility."
+    if stream.startswith("bone"):
+        x, visible = _difference(x[..., parents, :], visible[..., parents], x, visible, hide)
+    if stream.endswith("motion"):
+        after = torch.arange(1, x.shape[2] + 1, device=x.device).clamp(max=x.shape[2] - 1)
+        x, visible = _difference(x, visible, x[:, :, after], visible[:, :, after], hide)
+    return x, visible
+
+# %% ../nbs/03b_batches.ipynb #e7d13564
+def in_channels(
+    clips,  # ClipStore, PackedClips, Clip, or the number of coordinates (2 or 3)
+    preprocess: str = "paper",  # preset
+) -> int:  # C
+    "Channels of a batch: coordinates and visibility (or score); 'msg3d' has no visibility for bodies in 3D."
+    _check("preprocess", preprocess, PRESETS)
+    C = clips if isinstance(clips, (int, np.integer)) else getattr(clips, "packed", clips).joints.shape[-1]
+    return int(C) + (C == 2 or preprocess == "paper")
+
+# %% ../nbs/03b_batches.ipynb #2fe3f5e4
 def preparation(
     clips: PackedClips,
     preprocess: str = "paper",  # preset
@@ -566,7 +566,7 @@ def preparation(
         )
     return prepared_joints
 
-# %% ../nbs/03b_batches.ipynb #5d776527
+# %% ../nbs/03b_batches.ipynb #3b92660f
 def _over_time(prepare, rows, clips, indices, length, num_bodies, time, augment, seed):
     "Prepared joints (N,M,T,V,C) and visibility over the frames that `time` and `augment` choose."
     if time == "repeat" and not (augment and augment.in_time):
@@ -577,7 +577,7 @@ def _over_time(prepare, rows, clips, indices, length, num_bodies, time, augment,
     x, visible = prepare(rows, clips.skeleton, length, num_bodies, t=torch.cat([f.first, f.second], 1))
     return blend_frames(x, visible, f.share)
 
-# %% ../nbs/03b_batches.ipynb #f6754f68
+# %% ../nbs/03b_batches.ipynb #8889d8d6
 def _as_batch(x, visible, stream, preprocess, parents, dtype):
     "Joints (N,M,T,V,C) and visibility → the stream as (N,C,T,V,M)."
     (N, M, T, V, C), hide = x.shape, preprocess == "paper"
@@ -590,7 +590,7 @@ def _as_batch(x, visible, stream, preprocess, parents, dtype):
         out[:, -1] = visible.permute(0, 2, 3, 1)
     return out
 
-# %% ../nbs/03b_batches.ipynb #30e1744e
+# %% ../nbs/03b_batches.ipynb #e951296e
 @torch.no_grad()
 def make_batch(
     clips,  # PackedClips, a Clip or a list of Clips

@@ -197,7 +197,20 @@ def load_shard(
             shard.update({key: np.load(f, allow_pickle=False) for key in _PARTS[:arrays]})
     return shard
 
-# %% ../nbs/03c_build.ipynb #ce745fe3
+# %% ../nbs/03c_build.ipynb #0463f57e
+def _check_class(given, seen, clip, label, name):
+    "A clip's label and class name agree with the given list of classes, or with the clips seen so far; StoreError otherwise."
+    if given is None:
+        known, by = seen.setdefault(label, (name, clip))
+        if known != name:
+            raise StoreError(f"label {label} is called {known!r} in clip {by!r} and {name!r} in clip {clip!r}")
+    elif not 0 <= label < len(given):
+        raise StoreError(f"clip {clip!r} has label {label}, but classes has {len(given)} names, for labels 0 to {len(given) - 1}")
+    elif name in given and given[label] != name:
+        raise StoreError(f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {given[label]!r}: "
+                         "give classes in the order of labels")  # fmt: skip
+
+# %% ../nbs/03c_build.ipynb #6cdc00f5
 class SetChecks:
     "What must hold between clips of different shards; `add` raises StoreError naming the clips that break it."
 
@@ -229,19 +242,6 @@ class SetChecks:
             labels = [row["label"] for row in table if row["name"] == name]
             raise StoreError(f"class name {name!r} belongs to labels {labels}: names must differ")
         return table
-
-# %% ../nbs/03c_build.ipynb #7ed1162b
-def _check_class(given, seen, clip, label, name):
-    "A clip's label and class name agree with the given list of classes, or with the clips seen so far; StoreError otherwise."
-    if given is None:
-        known, by = seen.setdefault(label, (name, clip))
-        if known != name:
-            raise StoreError(f"label {label} is called {known!r} in clip {by!r} and {name!r} in clip {clip!r}")
-    elif not 0 <= label < len(given):
-        raise StoreError(f"clip {clip!r} has label {label}, but classes has {len(given)} names, for labels 0 to {len(given) - 1}")
-    elif name in given and given[label] != name:
-        raise StoreError(f"clip {clip!r} has label {label} and class {name!r}, but classes[{label}] is {given[label]!r}: "
-                         "give classes in the order of labels")  # fmt: skip
 
 # %% ../nbs/03c_build.ipynb #6fee11bd
 class _ArrayFile:
@@ -495,7 +495,77 @@ def _refuse_existing(folder, overwrite):
         cure = "give overwrite=True to replace it" if is_store else "it is no store, so nothing was touched"
         raise StoreError(f"{folder}: already exists; choose another name ({cure})")
 
-# %% ../nbs/03c_build.ipynb #ebecdcc4
+# %% ../nbs/03c_build.ipynb #1b8a797a
+def _checked(shards, checks, strict, progress, total):
+    "Paths of all shards, once they have passed the checks."
+    paths = []
+    with tqdm(desc="clips", total=total, unit="clip") if progress else nullcontext() as bar:
+        for path in shards:
+            meta = load_shard(path, arrays=0)["meta"]
+            if strict and meta["refused"]:
+                raise ClipError(*meta["refused"][0].values())
+            checks.add(meta)
+            paths.append(path)
+            if progress:
+                bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
+    return paths
+
+# %% ../nbs/03c_build.ipynb #25086e82
+def _why_none(paths):
+    "Why a build has no clips, for its error message."
+    metas = [load_shard(p, arrays=0)["meta"] for p in paths]
+    refused, skipped = [r for m in metas for r in m["refused"]], sum(len(m["skipped"]) for m in metas)
+    first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
+    return f" ({len(refused)} refused, {skipped} skipped{first})"
+
+# %% ../nbs/03c_build.ipynb #1c9f05dc
+def _build(clips, folder, partial, checks, skip, strict, progress, workers):
+    "Shards, then the joined store, then its name; each step is left out if it is done already."
+    if not ((partial / "joined").exists() and (partial / "store").exists()):
+        files = _is_files(clips)
+        shards = _shards_of_files(clips, partial, skip, workers) if files else _shards_of_items(clips, partial, skip)
+        paths = _checked(shards, checks, strict, progress, len(clips) if hasattr(clips, "__len__") else None)
+        if checks.body is None:
+            raise StoreError(f"{folder}: there is no clip to store{_why_none(paths)}")
+        shutil.rmtree(partial / "store", ignore_errors=True)
+        (partial / "store").mkdir()
+        join_shards(paths, checks, partial / "store")
+        if (partial / "plan").exists():
+            shutil.copyfile(partial / "plan", partial / "store" / "built_from")
+        _text_file(partial / "joined", b"")
+    put_in_place(partial / "store", folder)
+
+# %% ../nbs/03c_build.ipynb #e11a25bb
+def _room(folder):
+    "How much room there is where a store is built, for its error message (numpy doesn't say why it can't write)."
+    try:
+        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there)"
+    except OSError:
+        return ""
+
+# %% ../nbs/03c_build.ipynb #7b76f96a
+@contextmanager
+def _cleared(folder, partial, plan):
+    "Clear the build folder away at the end, unless the build was stopped and can go on; errors of the disk as StoreError."
+    keep = plan is not None
+    try:
+        yield
+        keep = False
+    except StoreBusy:
+        keep = True
+        raise
+    except (StoreError, ClipError):
+        keep = False
+        raise
+    except OSError as e:
+        at, kept = f" at {e.filename}" if e.filename else "", f"; what is finished is kept in {partial}" if keep else ""
+        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror or e}{_room(partial)}; "
+                         f"make room or choose another place, then build again{kept}") from e  # fmt: skip
+    finally:
+        if not keep:
+            shutil.rmtree(partial, ignore_errors=True)
+
+# %% ../nbs/03c_build.ipynb #69a79335
 def build_store(
     clips,  # what open_clips gives, any iterable or sequence of Clips, or a path
     folder,  # must not exist yet
@@ -519,77 +589,7 @@ def build_store(
             _begin(partial, plan)
             _build(clips, folder, partial, checks, skip, strict, progress, workers)
 
-# %% ../nbs/03c_build.ipynb #6608a608
-@contextmanager
-def _cleared(folder, partial, plan):
-    "Clear the build folder away at the end, unless the build was stopped and can go on; errors of the disk as StoreError."
-    keep = plan is not None
-    try:
-        yield
-        keep = False
-    except StoreBusy:
-        keep = True
-        raise
-    except (StoreError, ClipError):
-        keep = False
-        raise
-    except OSError as e:
-        at, kept = f" at {e.filename}" if e.filename else "", f"; what is finished is kept in {partial}" if keep else ""
-        raise StoreError(f"{folder}: the build stopped{at}: {e.strerror or e}{_room(partial)}; "
-                         f"make room or choose another place, then build again{kept}") from e  # fmt: skip
-    finally:
-        if not keep:
-            shutil.rmtree(partial, ignore_errors=True)
-
-# %% ../nbs/03c_build.ipynb #e14b48f4
-def _room(folder):
-    "How much room there is where a store is built, for its error message (numpy doesn't say why it can't write)."
-    try:
-        return f" ({shutil.disk_usage(folder).free / 1e6:,.0f} MB are free there)"
-    except OSError:
-        return ""
-
-# %% ../nbs/03c_build.ipynb #1c9f05dc
-def _build(clips, folder, partial, checks, skip, strict, progress, workers):
-    "Shards, then the joined store, then its name; each step is left out if it is done already."
-    if not ((partial / "joined").exists() and (partial / "store").exists()):
-        files = _is_files(clips)
-        shards = _shards_of_files(clips, partial, skip, workers) if files else _shards_of_items(clips, partial, skip)
-        paths = _checked(shards, checks, strict, progress, len(clips) if hasattr(clips, "__len__") else None)
-        if checks.body is None:
-            raise StoreError(f"{folder}: there is no clip to store{_why_none(paths)}")
-        shutil.rmtree(partial / "store", ignore_errors=True)
-        (partial / "store").mkdir()
-        join_shards(paths, checks, partial / "store")
-        if (partial / "plan").exists():
-            shutil.copyfile(partial / "plan", partial / "store" / "built_from")
-        _text_file(partial / "joined", b"")
-    put_in_place(partial / "store", folder)
-
-# %% ../nbs/03c_build.ipynb #3bee2ae7
-def _checked(shards, checks, strict, progress, total):
-    "Paths of all shards, once they have passed the checks."
-    paths = []
-    with tqdm(desc="clips", total=total, unit="clip") if progress else nullcontext() as bar:
-        for path in shards:
-            meta = load_shard(path, arrays=0)["meta"]
-            if strict and meta["refused"]:
-                raise ClipError(*meta["refused"][0].values())
-            checks.add(meta)
-            paths.append(path)
-            if progress:
-                bar.update(sum(len(meta[k]) for k in ("clips", "refused", "skipped")))
-    return paths
-
-# %% ../nbs/03c_build.ipynb #0b72ad2c
-def _why_none(paths):
-    "Why a build has no clips, for its error message."
-    metas = [load_shard(p, arrays=0)["meta"] for p in paths]
-    refused, skipped = [r for m in metas for r in m["refused"]], sum(len(m["skipped"]) for m in metas)
-    first = f"; the first: {': '.join(filter(None, refused[0].values()))}" if refused else ""
-    return f" ({len(refused)} refused, {skipped} skipped{first})"
-
-# %% ../nbs/03c_build.ipynb #0071164e
+# %% ../nbs/03c_build.ipynb #f9170423
 class SimulatedClips:
     "Noise in the shape of NTU RGB+D 60 (lengths, bodies, names), read and parsed like files: to try builds and measure them."
 

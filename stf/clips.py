@@ -452,13 +452,27 @@ def save_clip(
     own.update({key: clip.tags[key] for key in _PLAIN_TAGS if key in clip.tags})
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/02_clips.ipynb #8e07bd11
+# %% ../nbs/02_clips.ipynb #23944636
+_KINDS = {  # kind: (ending, what it is called, parser)
+    "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
+    "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
+    "kinetics": (".json", "Kinetics-Skeleton JSON files", _parse_kinetics),
+    "plain": (".npz", "plain .npz recordings", _parse_plain),
+}
+
+# %% ../nbs/02_clips.ipynb #e35a2073
+def _split_of(name):
+    "The split that a folder's name tells: {'kinetics': 'train'} for kinetics_train/x.json, 'test' for val."
+    found = re.search(r"(?:^|/)kinetics[_-](train|val)/", name)
+    return {"kinetics": "train" if found.group(1) == "train" else "test"} if found else {}
+
+# %% ../nbs/02_clips.ipynb #c8fc923c
 def _count_classes(names, listed):
     "How many classes the names of NTU and UCLA files and a label list {name: (label, words)} tell of."
     numbers = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in names]
     return len({n.group(1) or n.group(2) for n in numbers if n} | {x[0] for x in (listed or {}).values() if x})
 
-# %% ../nbs/02_clips.ipynb #5f3232df
+# %% ../nbs/02_clips.ipynb #0081bebc
 class FileClips:
     "Clips that lie in one file each, in a folder or an archive."
 
@@ -488,7 +502,7 @@ class FileClips:
         clip.split = clip.split or _split_of(f"{self.path.name}/{self.files.names[self.members[i]]}")
         return clip
 
-# %% ../nbs/02_clips.ipynb #43788b0e
+# %% ../nbs/02_clips.ipynb #7695f8c2
 def _checked_numbers(raw, path):
     "A record with joints and scores as Clip wants them; ClipError for numbers that no recording has."
     limit = MAX_METRES if raw["joints"].shape[3] == 3 else MAX_IMAGE
@@ -498,7 +512,7 @@ def _checked_numbers(raw, path):
         raw["visible"] = _scores(np.asarray(raw["visible"], np.float32), path, "scores")
     return raw
 
-# %% ../nbs/02_clips.ipynb #1b18e31a
+# %% ../nbs/02_clips.ipynb #f89debf6
 class ArrayClips:
     "Clips of one of the large files of 01c_arrays."
 
@@ -533,7 +547,7 @@ class ArrayClips:
         except ClipError as e:
             raise ClipError(path, e.place, e.reason) from None
 
-# %% ../nbs/02_clips.ipynb #a6fbba09
+# %% ../nbs/02_clips.ipynb #f4ad6aea
 def _many(n, what):
     "'1 clip', '2 bodies', '1,484 classes'."
     plural = {"body": "bodies", "class": "classes"}.get(what, what + "s")
@@ -547,7 +561,7 @@ def _summary(source, bodies):
              f"{source.lost:,} more without a skeleton" if source.lost else ""]  # fmt: skip
     return f"{source.path.name or source.path}: {source.title}: {', '.join(p for p in parts if p)}"
 
-# %% ../nbs/02_clips.ipynb #bc8cf392
+# %% ../nbs/02_clips.ipynb #42c159d4
 class Clips:
     """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
 
@@ -603,13 +617,7 @@ class Clips:
     def __repr__(self):
         return f"Clips({self.summary})"
 
-# %% ../nbs/02_clips.ipynb #2ce2d158
-def _split_of(name):
-    "The split that a folder's name tells: {'kinetics': 'train'} for kinetics_train/x.json, 'test' for val."
-    found = re.search(r"(?:^|/)kinetics[_-](train|val)/", name)
-    return {"kinetics": "train" if found.group(1) == "train" else "test"} if found else {}
-
-# %% ../nbs/02_clips.ipynb #280ea639
+# %% ../nbs/02_clips.ipynb #38e70329
 def _gunzipped(data, path):
     "The content of a gzip file, or data as they are; ClipError if it is damaged or unpacks to too much."
     if data[:2] != b"\x1f\x8b":
@@ -634,7 +642,7 @@ def _read_label_list(data, path):
         listed[name] = (entry["label_index"], entry["label"]) if entry.get("has_skeleton", True) else None
     return listed
 
-# %% ../nbs/02_clips.ipynb #27e2a9ce
+# %% ../nbs/02_clips.ipynb #ce24ba1a
 _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
 
 
@@ -652,13 +660,7 @@ def _label_lists(files, labels):
         listed.update(labels)
     return listed or None
 
-# %% ../nbs/02_clips.ipynb #f077ce02
-_KINDS = {  # kind: (ending, what it is called, parser)
-    "ntu": (".skeleton", "NTU RGB+D .skeleton files", _parse_ntu),
-    "ucla": (".json", "Northwestern-UCLA JSON files", _parse_ucla),
-    "kinetics": (".json", "Kinetics-Skeleton JSON files", _parse_kinetics),
-    "plain": (".npz", "plain .npz recordings", _parse_plain),
-}
+# %% ../nbs/02_clips.ipynb #100afd92
 _KNOWN = "\n".join([
     "one file a clip, in a folder, a .zip, a .tar.*, a folder of archives, or alone:", *(f"  {what}" for _, what, _ in _KINDS.values()),
     "one file for all:", *(f"  {form}" for form in ARRAY_FORMS),
@@ -679,7 +681,7 @@ def _advice(files, endings):
         return "Such files have no common layout: read one into an array (frames, joints, coordinates) and make a Clip of it, or np.savez it in the plain form. "
     return ""
 
-# %% ../nbs/02_clips.ipynb #ea64c711
+# %% ../nbs/02_clips.ipynb #a60ec439
 def _json_kind(files, members):
     "Whether JSON files are Kinetics' or UCLA's: by the first of them that tells."
     for i in members[:50]:
@@ -704,7 +706,7 @@ def _refuse_unknown(files, endings):
     have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted(set(endings))[:8])
     raise ClipError(files.path, "", f"no recordings found here, but {have}. {_advice(files, endings)}Known are\n{_KNOWN}")
 
-# %% ../nbs/02_clips.ipynb #19d8c823
+# %% ../nbs/02_clips.ipynb #b7743beb
 def _find_kind(files, kind):
     "(kind, indices of its files) of a folder, archive or file."
     endings = [os.path.splitext(n)[1].lower() if not _LABEL_LIST.fullmatch(n) else "" for n in files.names]
@@ -719,7 +721,7 @@ def _find_kind(files, kind):
     members = [i for i, e in enumerate(endings) if e == there[0]]
     return {".skeleton": "ntu", ".npz": "plain"}.get(there[0]) or _json_kind(files, members), members
 
-# %% ../nbs/02_clips.ipynb #5dc7e01c
+# %% ../nbs/02_clips.ipynb #b9d5bfd6
 OPENERS = []  # functions of a path that give a sequence of clips, or None; asked first
 
 
@@ -730,7 +732,7 @@ def _ask_openers(path):
     if (Path(path) / "header.json").is_file() and (Path(path) / "joints.npy").exists():
         raise ClipError(path, "", "a prepared store: open it with stf.dataset.ClipStore")
 
-# %% ../nbs/02_clips.ipynb #818c9b44
+# %% ../nbs/02_clips.ipynb #4356a049
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
     kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for what is one file a clip; None: found out

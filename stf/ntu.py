@@ -203,7 +203,31 @@ def _number_ends(bits, at, last):
     np.add(end[:2], 1, out=start[1:])
     return start.reshape(-1), end.reshape(-1)
 
-# %% ../nbs/01d_ntu.ipynb #51a3f139
+# %% ../nbs/01d_ntu.ipynb #f9f69c2c
+_TEN = 10.0 ** np.arange(23)
+
+
+def _many_digits(buf, i, digits, count, whole, words, value, easy):
+    "The numbers i have nine or ten digits after the point, the first of them 0."
+    digits, count = digits[i], count[i]
+    value[i] = words[i] / _TEN.take(count, mode="clip")
+    zeros = buf.take(digits - 1) == 48
+    zeros &= (count == 9) | (buf.take(digits - 2) == 48)
+    zeros &= (whole[i] == 0) & (count <= 10)
+    easy[i] &= zeros
+
+
+def _odd_numbers(data, i, start, end, value, minus):
+    "Read the numbers i one by one; whether all are numbers of metres."
+    for k, a, b in zip(i.tolist(), start[i].tolist(), end[i].tolist()):
+        if b > a + 40 or not _NUMBER.fullmatch(data, a, b):
+            return False
+        value[k], minus[k] = abs(float(data[a:b])), data[a] == 45
+        if value[k] > MAX_METRES:
+            return False
+    return True
+
+# %% ../nbs/01d_ntu.ipynb #e0fae6cc
 def _coordinates(data, buf, bits, at, last, xyz):
     "Fill xyz (n,3) from rows that begin at `at`; whether all are numbers."
     found = _number_ends(bits, at, last)
@@ -240,30 +264,6 @@ def _coordinates(data, buf, bits, at, last, xyz):
         return False
     sign = np.multiply(minus, _U(1 << 63), out=shift)
     xyz.T[...] = np.bitwise_xor(value.view(np.uint64), sign, out=sign).view(np.float64).reshape(3, -1)
-    return True
-
-# %% ../nbs/01d_ntu.ipynb #133cde72
-_TEN = 10.0 ** np.arange(23)
-
-
-def _many_digits(buf, i, digits, count, whole, words, value, easy):
-    "The numbers i have nine or ten digits after the point, the first of them 0."
-    digits, count = digits[i], count[i]
-    value[i] = words[i] / _TEN.take(count, mode="clip")
-    zeros = buf.take(digits - 1) == 48
-    zeros &= (count == 9) | (buf.take(digits - 2) == 48)
-    zeros &= (whole[i] == 0) & (count <= 10)
-    easy[i] &= zeros
-
-
-def _odd_numbers(data, i, start, end, value, minus):
-    "Read the numbers i one by one; whether all are numbers of metres."
-    for k, a, b in zip(i.tolist(), start[i].tolist(), end[i].tolist()):
-        if b > a + 40 or not _NUMBER.fullmatch(data, a, b):
-            return False
-        value[k], minus[k] = abs(float(data[a:b])), data[a] == 45
-        if value[k] > MAX_METRES:
-            return False
     return True
 
 # %% ../nbs/01d_ntu.ipynb #0470a6af
@@ -304,25 +304,7 @@ def _body_lines(at_frame, bodies, lines):
         head += 27 * np.arange(len(head))
     return head
 
-# %% ../nbs/01d_ntu.ipynb #831e26ec
-def rows_fast(data):
-    "The same as `rows_careful` for a regular file, or None."
-    if data[-1:] != b"\n" or data[-3:].strip() == b"":
-        data = data.rstrip() + b"\n"
-    buf = np.frombuffer(data, np.uint8)
-    end, space = _marks(buf)
-    if len(end) < 2 or not _only_numbers(buf):
-        return None
-    crlf = int(buf[end[0] - 1] == 13)
-    if (found := _frame_lines(data, buf, end, crlf)) is None:
-        return None
-    at_frame, bodies = found
-    head = _body_lines(at_frame, bodies, len(end))
-    if head is None or np.count_nonzero(space) != (9 + 25 * 11) * len(head) or not _are_25(data, end.take(head) + 1, crlf):
-        return None
-    return _values(data, buf, space, end, crlf, bodies, head)
-
-# %% ../nbs/01d_ntu.ipynb #b2f3cd2d
+# %% ../nbs/01d_ntu.ipynb #87f7c00b
 _JOINT_LINES = np.arange(2, 27)
 
 
@@ -357,7 +339,25 @@ def _values(data, buf, space, end, crlf, bodies, head):
         return None
     return bodies, ids, xyz.reshape(-1, 25, 3), state.reshape(-1, 25)
 
-# %% ../nbs/01d_ntu.ipynb #d862859f
+# %% ../nbs/01d_ntu.ipynb #b48a1b60
+def rows_fast(data):
+    "The same as `rows_careful` for a regular file, or None."
+    if data[-1:] != b"\n" or data[-3:].strip() == b"":
+        data = data.rstrip() + b"\n"
+    buf = np.frombuffer(data, np.uint8)
+    end, space = _marks(buf)
+    if len(end) < 2 or not _only_numbers(buf):
+        return None
+    crlf = int(buf[end[0] - 1] == 13)
+    if (found := _frame_lines(data, buf, end, crlf)) is None:
+        return None
+    at_frame, bodies = found
+    head = _body_lines(at_frame, bodies, len(end))
+    if head is None or np.count_nonzero(space) != (9 + 25 * 11) * len(head) or not _are_25(data, end.take(head) + 1, crlf):
+        return None
+    return _values(data, buf, space, end, crlf, bodies, head)
+
+# %% ../nbs/01d_ntu.ipynb #142ef0c0
 def ntu_rows(
     data: bytes,  # the content of a .skeleton file
     path="skeleton file",  # for messages
@@ -365,7 +365,7 @@ def ntu_rows(
     "The numbers of a `.skeleton` file, body row after body row. ClipError with line and reason for anything irregular."
     return rows_fast(data) or rows_careful(data, path)
 
-# %% ../nbs/01d_ntu.ipynb #996a7420
+# %% ../nbs/01d_ntu.ipynb #68f037d9
 def follow_bodies(per_frame, ids, path):
     "(place of each body row, its frame, IDs in order of first appearance); ClipError if one ID is twice in a frame."
     order = {body: place for place, body in enumerate(dict.fromkeys(ids))}
@@ -383,7 +383,7 @@ def follow_bodies(per_frame, ids, path):
         raise ClipError(path, f"frame {t + 1}", f"body {show(body)} is there twice")
     return place, frame, list(order)
 
-# %% ../nbs/01d_ntu.ipynb #63632503
+# %% ../nbs/01d_ntu.ipynb #784df4f9
 def listed_ranks(place, frame, num_bodies) -> list:
     "Each body's rank in the order in which frames list bodies, by majority; (B,) places and frames of the body rows in file order."
     before, same = np.zeros((num_bodies, num_bodies), np.int64), frame[1:] == frame[:-1]
