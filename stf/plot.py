@@ -312,21 +312,21 @@ def _name_joints_3d(ax, points, drawn, skeleton, which):
     for b, v in zip(*np.nonzero(drawn & np.isin(np.arange(skeleton.num_joints), which))):
         ax.text(*points[b, v], skeleton.joints[v], fontsize=6)
 
-# %% ../nbs/01_plot.ipynb #cd38eb90
-def _set_axes(ax, points, drawn, ticks):
+# %% ../nbs/01_plot.ipynb #0468c1ad
+def _set_axes(ax, points, drawn):
     "Axes of one scale around the drawn points (M,V,2 or 3); an empty frame says that it is empty."
     low, high = _frame_limits(points[drawn])
     flat = points.shape[-1] == 2
     if flat:
         ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal")
-        ax.axis("on" if ticks else "off")
+        ax.axis("off")
     else:
         _set_room(ax, low, high)
     if not drawn.any():
         write = ax.text if flat else ax.text2D
         write(0.5, 0.5, "no body in this frame", ha="center", va="center", color=COLOURS["grey"], transform=ax.transAxes)
 
-# %% ../nbs/01_plot.ipynb #d1a85854
+# %% ../nbs/01_plot.ipynb #6464fd30
 @_styled
 def draw_skeleton(
     joints,  # (V,C) one body, or (M,V,C); C = 2 or 3
@@ -343,7 +343,6 @@ def draw_skeleton(
     cmap: str = FOCUS_CMAP,  # colour map of the values
     size: float = 30,  # of a joint, in points²
     y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
-    ticks: bool = False,  # show the axes with their numbers
 ):  # matplotlib Axes
     """Draw the bodies of one frame (Fig. 1a; with the focus as values, one slice of Fig. 1b).
 
@@ -360,7 +359,7 @@ def draw_skeleton(
     name_which = range(skeleton.num_joints) if names is True else [skeleton.index(j) for j in names or ()]
     ax = _axes(ax, (4, 4.5) if flat else (5, 5), None if flat else "3d")
     _Bodies(ax, skeleton, flat, size, norm, cmap).show(points, drawn, values)
-    _set_axes(ax, points, drawn, ticks)
+    _set_axes(ax, points, drawn)
     (_name_joints if flat else _name_joints_3d)(ax, points, drawn, skeleton, name_which)
     return _finish(ax, title, norm, cmap, colour_bar or None)
 
@@ -400,7 +399,7 @@ def _label_frame(ax, place, frame, first, fps, below=5):
     label = f"{frame / fps:.2f} s" if fps else f"frame {frame}" if first else f"{frame}"
     ax.annotate(label, place, xytext=(0, -below), textcoords="offset points", ha="center", va="top", fontsize=7)
 
-# %% ../nbs/01_plot.ipynb #c8b1fcfb
+# %% ../nbs/01_plot.ipynb #1cd31d0c
 @_styled
 def draw_strip(
     joints,  # (T,V,C) one body, or (M,T,V,C)
@@ -412,7 +411,6 @@ def draw_strip(
     view="front",  # "front", "side", "top" or an angle in degrees
     follow: bool = True,  # centre each frame on its bodies; False: keep their way across the picture
     window=None,  # ((left, low), (right, high)): this part of space in each frame, instead of what fits the clip
-    ground: bool = True,  # a ground line under the lowest joint of the clip
     fps: float = None,  # frames a second: label the frames by their time
     title: str = None,
     colour_bar: str = None,  # label of a colour bar for the values; None: no bar
@@ -442,8 +440,7 @@ def draw_strip(
         picture = _Bodies(ax, skeleton, True, size, norm, cmap)
         picture.show(points[:, f], drawn[:, f], None if values is None else values[:, chosen[f]])
         _label_frame(ax, (centres[f], box[0, 1]), chosen[f], f == 0, fps)
-    if ground:
-        ax.hlines(box[0, 1] - 0.02 * high, *box[:, 0], color=COLOURS["grey"], linewidth=0.8, zorder=1)
+    ax.hlines(box[0, 1] - 0.02 * high, *box[:, 0], color=COLOURS["grey"], linewidth=0.8, zorder=1)  # the ground
     ax.set(xlim=box[:, 0], ylim=(box[0, 1] - 0.03 * high, box[1, 1] + 0.05 * high), aspect="equal")
     ax.axis("off")
     return _finish(ax, title, norm, cmap, colour_bar or None)
@@ -464,7 +461,7 @@ def _heat(ax, A, cmap, norm, **kwargs):
     cmap = mpl.colormaps[cmap].with_extremes(bad=COLOURS["light"])
     return ax.imshow(A, cmap=cmap, norm=norm, interpolation="nearest", **kwargs)
 
-# %% ../nbs/01_plot.ipynb #03f8e3d0
+# %% ../nbs/01_plot.ipynb #061524f3
 def _name_axis(axis, skeleton, groups, size):
     "Joint names along an axis of a heat map, in the order and with lines between the groups."
     order, sides = [v for group in groups for v in group], _sides(skeleton)
@@ -481,11 +478,11 @@ def _separate(line, groups):
         line(edge - 0.5, color="white", linewidth=0.8)
 
 
-def _name_both_axes(ax, skeleton, names, by_limb, font):
+def _name_both_axes(ax, skeleton, names, font):
     "Name rows and columns; returns the joints in their order on the axes."
     order = range(len(names))
     if isinstance(skeleton, Skeleton):
-        groups = limb_groups(skeleton) if by_limb else (tuple(order),)
+        groups = limb_groups(skeleton)
         _name_axis(ax.xaxis, skeleton, groups, font)
         order = _name_axis(ax.yaxis, skeleton, groups, font)
         _separate(ax.axhline, groups)
@@ -505,13 +502,12 @@ def _matrix_norm(A, vmin, vmax, cmap):
         return mpl.colors.Normalize(-vmax, vmax), cmap or SIGNED_CMAP
     return mpl.colors.Normalize(*_limits(A, vmin, vmax)), cmap or MATRIX_CMAP
 
-# %% ../nbs/01_plot.ipynb #aeff7ecc
+# %% ../nbs/01_plot.ipynb #52f05826
 @_styled
 def draw_adjacency(
     A,  # (V,V), e.g. A_k, G_k or their sum; negative entries turn the colours to signed ones
     skeleton=None,  # Skeleton, or a list of V names; None: numbers
     ax=None,  # axes to draw in; None: a new figure
-    by_limb: bool = True,  # rows and columns limb by limb; False: in the skeleton's own order
     title: str = None,
     colour_bar: str = "",  # its label; None: no bar
     vmin: float = None,  # values at the ends of the colour map; None: from the matrix
@@ -530,7 +526,7 @@ def draw_adjacency(
     side = 1.6 + 0.16 * len(A)
     ax = _axes(ax, (side + 0.6, side))
     if names is not None:
-        order = _name_both_axes(ax, skeleton, names, by_limb, font)
+        order = _name_both_axes(ax, skeleton, names, font)
         A = A[np.ix_(order, order)]
     _heat(ax, A, cmap, norm)
     ax.spines[:].set_visible(False)
@@ -557,13 +553,12 @@ def _name_focus_rows(ax, skeleton, groups, kept, font):
         for edge in np.cumsum([len(g) for g in groups])[: -1 if b == len(kept) - 1 else None]:
             ax.axhline(b * V + edge - 0.5, color=COLOURS["dark" if edge == V else "light"], linewidth=0.8)
 
-# %% ../nbs/01_plot.ipynb #3c23b404
+# %% ../nbs/01_plot.ipynb #47dbfb2f
 @_styled
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, or any value for each frame and joint
     skeleton: Skeleton,  # its layout
     ax=None,  # axes to draw in; None: a new figure
-    by_limb: bool = True,  # rows limb by limb; False: in the skeleton's own order
     fps: float = None,  # frames a second of Q: time on the axis instead of frames
     title: str = None,
     colour_bar: str = "focus",  # its label; None: no bar
@@ -583,7 +578,7 @@ def draw_focus(
             f"Q must be (T,V) or (M,T,V) with V = {skeleton.num_joints} ({skeleton.name}); got shape {Q.shape}"
         )
     Q = Q.reshape((-1, *Q.shape[-2:]))
-    groups = limb_groups(skeleton) if by_limb else (tuple(range(skeleton.num_joints)),)
+    groups = limb_groups(skeleton)
     rows, kept = _focus_rows(Q, groups)
     norm = mpl.colors.Normalize(*_limits(rows, vmin, vmax))
     ax = _axes(ax, (6.5, 1 + 0.12 * len(rows)))
@@ -612,24 +607,22 @@ def _named_series(difference, column):
         raise ValueError("class differences must be finite numbers by class name, at least one")
     return series
 
-# %% ../nbs/01_plot.ipynb #f6d81a6c
+# %% ../nbs/01_plot.ipynb #3216e5c1
 @_styled
 def draw_class_difference(
     difference,  # Series, dict or DataFrame: class name -> difference in percentage points
     column: str = None,  # of a DataFrame; None: "difference", or its only numeric column
     ax=None,  # axes to draw in; None: a new figure
     top: int = None,  # only so many of the greatest and of the least; None: all
-    horizontal: bool = None,  # bars to the right with names in rows; None: yes up to 40 classes
-    numbers: bool = None,  # write the value at each bar; None: if horizontal
     label: str = "accuracy difference (percentage points)",
     title: str = None,
 ):  # matplotlib Axes
-    "Sorted bars of class-wise accuracy differences (Fig. 3). Raises ValueError for anything but finite numbers by name."
+    "Sorted bars of class-wise accuracy differences (Fig. 3); up to 40 lie in rows with their values. Raises ValueError for anything but finite numbers by name."
     series = _named_series(difference, column).sort_values(ascending=False, kind="stable")
     if top is not None and 2 * top < len(series):
         series = pd.concat([series[:top], series[-top:]])
     n, values = len(series), series.to_numpy()
-    horizontal = n <= 40 if horizontal is None else horizontal
+    horizontal = n <= 40
     colours = np.where(values >= 0, COLOURS["blue"], COLOURS["vermillion"])
     ax = _axes(ax, (6, 0.9 + 0.19 * n) if horizontal else (max(3, 1 + 0.16 * n), 4))
     bars = (ax.barh if horizontal else ax.bar)(range(n), values, 0.75, color=colours)
@@ -643,9 +636,9 @@ def draw_class_difference(
         ax.set(xlim=(-0.6, n - 0.4), ylabel=label)
     ax.tick_params(axis="y" if horizontal else "x", length=0)
     ax.spines["left" if horizontal else "bottom"].set_visible(False)
-    if horizontal if numbers is None else numbers:
-        ax.bar_label(bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2, rotation=0 if horizontal else 90)
-        ax.margins(**{"x" if horizontal else "y": 0.12})
+    if horizontal:
+        ax.bar_label(bars, [f"{v:+.1f}" for v in values], fontsize=6.5, padding=2)
+        ax.margins(x=0.12)
     if title:
         ax.set_title(title)
     return ax
@@ -699,12 +692,11 @@ def _history_axes(ax, panel, lines):
         styles = [mpl.lines.Line2D([], [], color=COLOURS["dark"], linestyle=s) for s in lines.values()]
         ax.legend(styles, [c.removesuffix("_top1") for c in lines], loc="lower right")
 
-# %% ../nbs/01_plot.ipynb #aaebff4b
+# %% ../nbs/01_plot.ipynb #e812623f
 @_styled
 def draw_history(
     history,  # DataFrame with a row an epoch, or {run name: DataFrame}
     title: str = None,
-    columns: int = 4,  # panels in a row
 ):  # matplotlib Figure
     """Training curves, each loss term in a panel of its own.
 
@@ -713,7 +705,7 @@ def draw_history(
     """
     runs = history if isinstance(history, dict) else {"": history}
     panels = _history_panels(runs)
-    columns = min(columns, len(panels))
+    columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(2.5 * columns, 2 * rows + 0.3), layout="constrained", squeeze=False)
     for ax in axes.flat[len(panels) :]:
@@ -758,17 +750,16 @@ def _row_shares(counts):
     total = counts.sum(1, keepdims=True)
     return np.divide(100 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
 
-# %% ../nbs/01_plot.ipynb #0f69241d
+# %% ../nbs/01_plot.ipynb #e2414b25
 @_styled
 def draw_confusion(
     matrix,  # (K,K) DataFrame, rows true and columns predicted classes; or an array with `classes`
     classes=None,  # only these classes of a DataFrame, in this order; or the names for an array
     share: bool = True,  # each row in per cent of its sum; False: the numbers as they are
     ax=None,  # axes to draw in; None: a new figure
-    numbers: bool = None,  # write numbers into the cells; None: up to 20 classes
     title: str = None,
 ):  # matplotlib Axes
-    """Confusion matrix with class names.
+    """Confusion matrix with class names; up to 20 classes with numbers in the cells.
 
     Raises ValueError if it is not square, has other names in its rows than in its columns, or negative entries.
     """
@@ -784,7 +775,7 @@ def draw_confusion(
     ax.tick_params(length=0, pad=2)
     ax.spines[:].set_visible(False)
     ax.set(xlabel="predicted", ylabel="true")
-    if K <= 20 if numbers is None else numbers:
+    if K <= 20:
         for i, j in zip(*np.nonzero(np.nan_to_num(counts) >= 0.5)):
             colour = "white" if norm(counts[i, j]) > 0.55 else COLOURS["dark"]
             ax.text(j, i, f"{counts[i, j]:.0f}", ha="center", va="center", fontsize=6, color=colour)
@@ -817,8 +808,8 @@ def _turned(joints, view):
         return np.stack([_project(joints[:, t], float(a)) for t, a in enumerate(angles)], 1)
     return _project(joints, view)
 
-# %% ../nbs/01_plot.ipynb #747b61d1
-def _trail(points, drawn, joints, t, length):
+# %% ../nbs/01_plot.ipynb #4f5c1696
+def _trail(points, drawn, joints, t, length=15):
     "Line segments (2,2) of the last `length` frames before t of chosen joints of points (M,T,V,2), and each one's strength in 0..1."
     lines, fade = [], []
     for s in range(max(1, t - length + 1), t + 1):
@@ -829,18 +820,18 @@ def _trail(points, drawn, joints, t, length):
                     fade.append(1 - (t - s) / length)
     return lines, fade
 
-# %% ../nbs/01_plot.ipynb #4cb693b5
+# %% ../nbs/01_plot.ipynb #c6879d2d
 class _Movie:
     "One panel of an animation: a clip and the artists that show a frame of it."
 
-    def __init__(self, joints, skeleton, values, visible, title, view, y_down, trail, trail_frames):
+    def __init__(self, joints, skeleton, values, visible, title, view, y_down, trail):
         joints, self.drawn, self.values = _bodies(joints, skeleton, "MTVC", visible, values)
         if not self.drawn.any():
             raise ValueError("no body is visible in any frame")
         self.points = _turned(_flip(joints, skeleton, y_down), view)
         self.skeleton, self.title, self.length = skeleton, title, joints.shape[1]
         self.box = _frame_limits(self.points[self.drawn])
-        self.trail, self.trail_frames = [skeleton.index(j) for j in trail], trail_frames
+        self.trail = [skeleton.index(j) for j in trail]
 
     def start(self, ax, size, norm, cmap):
         "Lay out the axes and make the artists."
@@ -857,7 +848,7 @@ class _Movie:
         values = None if self.values is None else self.values[:, t]
         artists = self.picture.show(self.points[:, t], self.drawn[:, t], values)
         if self.trail:
-            lines, fade = _trail(self.points, self.drawn, self.trail, t, self.trail_frames)
+            lines, fade = _trail(self.points, self.drawn, self.trail, t)
             self.paths.set_segments(lines)
             self.paths.set_color([mpl.colors.to_rgba(COLOURS["green"], 0.9 * a) for a in fade])
         return [*artists, self.paths]
@@ -877,7 +868,7 @@ def _movie_axes(movies, height, norm, cmap, colour_bar):
         fig.colorbar(mpl.cm.ScalarMappable(norm, cmap), cax=side, label=colour_bar).outline.set_visible(False)
     return fig, axes
 
-# %% ../nbs/01_plot.ipynb #3e3a53ba
+# %% ../nbs/01_plot.ipynb #2cf48bed
 @_styled
 def animate(
     joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
@@ -889,14 +880,12 @@ def animate(
     view="front",  # "front", "side", "top", an angle in degrees, a tuple of two angles to turn between; or a list
     titles=None,  # above each clip
     trail=(),  # joints that draw their path behind them
-    trail_frames: int = 15,  # length of the path
     colour_bar: str = None,  # label of a colour bar for the values; None: no bar
     vmin: float = None,  # values at the ends of the colour map; None: 0 and the greatest of all clips
     vmax: float = None,
     cmap: str = FOCUS_CMAP,
     height: float = 3.0,  # of the picture, in inches
     size: float = 22,  # of a joint, in points²
-    clock: bool = True,  # write the time below
     y_down: bool = None,  # y grows downwards (image coordinates); None: by the layout's name
 ):  # matplotlib FuncAnimation
     """Moving skeletons, side by side if several; focus glows on the joints as `values`.
@@ -910,7 +899,7 @@ def animate(
         raise ValueError(f"step must be an integer ≥ 1, got {step!r}")
     trail = [trail] if isinstance(trail, str) else trail
     panels = _panels(joints, skeleton, values, visible, titles, view)
-    movies = [_Movie(*panel, y_down, trail, trail_frames) for panel in panels]
+    movies = [_Movie(*panel, y_down, trail) for panel in panels]
     valued = [m.values[m.drawn] for m in movies if m.values is not None]
     norm = mpl.colors.Normalize(*_limits(np.concatenate(valued), vmin, vmax)) if valued else None
     fig, axes = _movie_axes(movies, height, norm, cmap, colour_bar)
@@ -919,7 +908,7 @@ def animate(
     time = fig.text(0.5, 0.01, "", ha="center", fontsize=8, color=COLOURS["dark"])
 
     def show(frame):
-        time.set_text(f"{frame / fps:.2f} s" if clock else "")
+        time.set_text(f"{frame / fps:.2f} s")
         return [a for movie in movies for a in movie.show(frame)] + [time]
 
     frames = range(0, max(m.length for m in movies), step)
@@ -1068,7 +1057,7 @@ def _slice(ax, corners, zorder):
                   {"facecolor": "none", "edgecolor": COLOURS["light"], "linewidth": 0.6}):  # fmt: skip
         ax.add_patch(mpl.patches.Polygon(corners, zorder=zorder, **looks))
 
-# %% ../nbs/01_plot.ipynb #4623e824
+# %% ../nbs/01_plot.ipynb #b2091bf8
 @_styled
 def draw_focus_volume(
     joints,  # (T,V,C) or (M,T,V,C)
@@ -1079,7 +1068,6 @@ def draw_focus_volume(
     visible=None,  # (T,V) or (M,T,V): joints at 0 are left out
     view="front",  # how each skeleton is seen, as in draw_strip
     fps: float = None,  # frames a second: label the frames by their time
-    depth: float = 0.55,  # distance of two skeletons, in widths of the part of space that the clip needs
     title: str = None,
     colour_bar: str = "focus",  # its label; None: no bar
     vmax: float = None,  # focus at the end of the colour map; None: its greatest
@@ -1096,7 +1084,7 @@ def draw_focus_volume(
     norm = mpl.colors.Normalize(*_limits(Q[drawn], 0.0, vmax))
     low, high = _frame_limits(points[drawn])
     width, height = high - low
-    step = max(depth * width, 0.3 * height) * (len(chosen) - 1)
+    step = max(0.55 * width, 0.3 * height) * (len(chosen) - 1)  # between the first and the last
     time = np.arange(T) * step / max(T - 1, 1)
     page = _oblique(points, time[:, None])
     pane = np.array([low, (high[0], low[1]), high, (low[0], high[1])])
@@ -1264,7 +1252,7 @@ def draw_connections(
         line[0].text(-0.08, 0.5, name, rotation=90, va="center", ha="right", transform=line[0].transAxes, fontsize=9)
     return fig
 
-# %% ../nbs/01_plot.ipynb #4dfe6b6e
+# %% ../nbs/01_plot.ipynb #997b7c13
 @_styled
 def draw_dynamic_adjacency(
     A,  # (V,V) A_k, the same for all clips
@@ -1272,7 +1260,6 @@ def draw_dynamic_adjacency(
     skeleton: Skeleton,  # its layout
     titles=None,  # n names of the clips
     k: int = None,  # scale, for the titles
-    difference: bool = True,  # with two clips, a further panel: the second minus the first
     title: str = None,
 ):  # matplotlib Figure
     "A_k beside A_k + G_k of each clip (Eq. 1, Fig. 1c bottom). Raises ValueError for shapes that don't fit."
@@ -1287,7 +1274,7 @@ def draw_dynamic_adjacency(
     panels = {symbol("A"): A} | {f"{symbol('A')} + {symbol('G')}: {t}": A + g for t, g in zip(titles, G)}
     everything = _matrix(np.stack(list(panels.values())).reshape(len(panels), -1), "A + G")
     norm, cmap = _matrix_norm(everything, None, None, None)
-    further = difference and len(G) == 2
+    further = len(G) == 2  # the second clip's minus the first one's
     n = len(panels) + further
     fig, axes = plt.subplots(1, n, figsize=(3.0 * n + 1.4, 4.1), layout="constrained", squeeze=False)
     for ax, (name, matrix) in zip(axes[0], panels.items()):
@@ -1303,16 +1290,12 @@ def draw_dynamic_adjacency(
         fig.suptitle(title, fontsize=10)
     return fig
 
-# %% ../nbs/01_plot.ipynb #1ee943e8
+# %% ../nbs/01_plot.ipynb #2c50f114
 @_styled
 def draw_betas(
     betas,  # the modules' maps, each (T_l,V) or (M,T_l,V); a list, or {name: map}
     skeleton: Skeleton,  # its layout
-    columns: int = 3,  # panels in a row
-    vmin: float = 0.0,  # values at the ends of the colour map
-    vmax: float = 1.0,
     title: str = None,
-    colour_bar: str = r"$\beta$",  # its label
 ):  # matplotlib Figure
     """The β map of each STF module, frames × joints (Eq. 1), over the clip's whole length.
 
@@ -1321,18 +1304,18 @@ def draw_betas(
     maps = betas if isinstance(betas, dict) else {f"STF module {i + 1}": b for i, b in enumerate(betas)}
     if not maps:
         raise ValueError("there is no map to draw")
-    columns = min(columns, len(maps))
+    columns = min(3, len(maps))
     rows = -(-len(maps) // columns)
     fig, axes = plt.subplots(rows, columns, figsize=(3 * columns + 1.4, 2.9 * rows), layout="constrained", squeeze=False)
     for ax in axes.flat[len(maps) :]:
         ax.remove()
     for i, (ax, (name, beta)) in enumerate(zip(axes.flat, maps.items())):
         T = np.shape(beta)[-2] if np.ndim(beta) >= 2 else 1
-        draw_focus(beta, skeleton, ax, title=f"{name} ({T} frames)", colour_bar=None, vmin=vmin, vmax=vmax, font=5.5, fps=T)
+        draw_focus(beta, skeleton, ax, title=f"{name} ({T} frames)", colour_bar=None, vmin=0, vmax=1, font=5.5, fps=T)
         ax.set(xlabel="share of the clip" if i >= len(maps) - columns else "", xticks=[0, 0.25, 0.5, 0.75, 1], xlim=(0, 1))
         if i % columns:
             ax.set_yticks([])
-    _colour_bar(list(axes.flat[: len(maps)]), mpl.colors.Normalize(vmin, vmax), FOCUS_CMAP, colour_bar)
+    _colour_bar(list(axes.flat[: len(maps)]), mpl.colors.Normalize(0, 1), FOCUS_CMAP, r"$\beta$")
     if title:
         fig.suptitle(title, fontsize=10)
     return fig
