@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MODULES', 'STEP', 'ROWS', 'turn_view', 'view_window', 'place_bodies', 'Look', 'look_at', 'name_focus', 'name_links',
-           'Scene', 'Answers', 'Map', 'Maps', 'Graphs', 'Stage', 'strongest_links', 'Board', 'Shelf', 'make_controls',
-           'connect_controls', 'Explorer', 'explore']
+           'Scene', 'Layers', 'Answers', 'Map', 'Maps', 'Graphs', 'strongest_links', 'Stage', 'lay_out', 'Board',
+           'Shelf', 'make_controls', 'connect_controls', 'set_controls', 'wanted_clips', 'Explorer', 'explore']
 
 # %% ../nbs/12b_explorer.ipynb #1c99b486
 import io
@@ -96,7 +96,7 @@ class Look:
     def scales(self) -> int:
         return len(self.static)
 
-# %% ../nbs/12b_explorer.ipynb #a8c05831
+# %% ../nbs/12b_explorer.ipynb #64ac8728
 @torch.inference_mode()
 def look_at(
     clip: Clip,
@@ -117,7 +117,7 @@ def look_at(
     static = multi_scale_adjacency(n.skeleton.adjacency(), K + 1, getattr(n.net, "exact", True))[1:]
     return Look(clip, answer, n.name, tuple(sorted({b for b in at if b >= 0})), [home(b) for b in features.beta], dynamic, static)
 
-
+# %% ../nbs/12b_explorer.ipynb #ce8ed470
 def _by_body(g, at, bodies):
     "G at the batch's places (M,K,V,V) as G of the clip's bodies; 0 where nobody stands."
     own = np.zeros((bodies, *g.shape[1:]), np.float32)
@@ -125,7 +125,7 @@ def _by_body(g, at, bodies):
         own[b] = g[[m for m, body in enumerate(at) if body == b]].mean(axis=0)
     return own
 
-# %% ../nbs/12b_explorer.ipynb #ffd05765
+# %% ../nbs/12b_explorer.ipynb #9d97ceaa
 def name_focus(
     focus,  # (V,) of one body in one frame
     skeleton: Skeleton,
@@ -136,7 +136,7 @@ def name_focus(
     found = [f"{skeleton.joints[v]} {focus[v]:.2f}" for v in order if focus[v] > 0.005]
     return ", ".join(found) or "no focus in this frame"
 
-
+# %% ../nbs/12b_explorer.ipynb #40ab46cf
 def name_links(
     G,  # (V,V)
     skeleton: Skeleton,
@@ -148,7 +148,7 @@ def name_links(
     order = np.argsort(-np.abs(sides[i, j]), kind="stable")[:n]
     return [f"{skeleton.joints[i[o]]} – {skeleton.joints[j[o]]} {sides[i[o], j[o]]:+.3f}" for o in order if sides[i[o], j[o]]]
 
-# %% ../nbs/12b_explorer.ipynb #a78dd0ef
+# %% ../nbs/12b_explorer.ipynb #7bcb034d
 @dataclass(frozen=True)
 class Scene:
     "Where the explorer stands: frame, view, and what of the network is shown."
@@ -161,7 +161,38 @@ class Scene:
     k: int = 1  # scale of A_k and G_k
     links: bool = False  # G_k's strongest links over the body
 
-# %% ../nbs/12b_explorer.ipynb #f48ddccb
+# %% ../nbs/12b_explorer.ipynb #8200b742
+class Layers:
+    "A figure painted in three layers; the pixels of the lower two are kept until they are forgotten."
+
+    def __init__(self, figure):
+        self.figure, self.canvas = figure, FigureCanvasAgg(figure)
+        self.paper = self.still = None  # kept pixels
+
+    def forget(self, paper=False):
+        "The second layer is stale, and perhaps the paper under it."
+        self.still = None
+        self.paper = None if paper else self.paper
+
+    def paint(self, still, moving) -> np.ndarray:  # (height, width, 4) uint8
+        "The pixels, with only those layers drawn that are not kept."
+        with plt.rc_context(STYLE):
+            if self.paper is None:
+                self.canvas.draw()
+                self.paper = self.canvas.copy_from_bbox(self.figure.bbox)
+            if self.still is None:
+                self.still = self._over(self.paper, still)
+            self._over(self.still, moving)
+        return np.asarray(self.canvas.buffer_rgba())
+
+    def _over(self, below, artists):
+        "Artists over a kept layer; the pixels of both."
+        self.canvas.restore_region(below)
+        for artist in artists:
+            self.figure.draw_artist(artist)
+        return self.canvas.copy_from_bbox(self.figure.bbox)
+
+# %% ../nbs/12b_explorer.ipynb #35840409
 class Answers:
     "The likeliest classes as bars, each under its name; the true one in green and marked."
 
@@ -184,7 +215,10 @@ class Answers:
             name.set(text=f"{c}{marks}", weight="bold" if c == a.action else "normal")
             number.set_text(f"{100 * p:.1f} %" if c else "")
 
-# %% ../nbs/12b_explorer.ipynb #c062ba69
+    def step(self, scene):
+        "Nothing here moves."
+
+# %% ../nbs/12b_explorer.ipynb #98ec8364
 class Map:
     "One map of joints and frames with a time line."
 
@@ -210,7 +244,7 @@ class Map:
         self.title.set(text=title, color=colour)
         self.note.set_text("no STF module" if values is None else "")
 
-# %% ../nbs/12b_explorer.ipynb #80c891f1
+# %% ../nbs/12b_explorer.ipynb #494ed8c5
 class Maps:
     "Q and the six β maps of a body."
 
@@ -235,7 +269,7 @@ class Maps:
         for line in self.moving:
             line.set_xdata([scene.frame + 0.5] * 2)
 
-# %% ../nbs/12b_explorer.ipynb #9ee85933
+# %% ../nbs/12b_explorer.ipynb #49a79a4d
 class Graphs:
     "A_k, G_k and A_k + G_k of a body, with joint names, and G_k's strongest links in words."
 
@@ -263,7 +297,36 @@ class Graphs:
         links = ",   ".join(name_links(G, look.clip.skeleton))
         self.words.set_text(f"strongest in $G_{k}$:   {links}" if links else "no $G_k$: this network has no STF module" if not look.dynamic else "$G_k = 0$")
 
-# %% ../nbs/12b_explorer.ipynb #d59921ba
+    def step(self, scene):
+        "Nothing here moves."
+
+# %% ../nbs/12b_explorer.ipynb #3a738d59
+def strongest_links(
+    G,  # (V,V)
+    n: int = 15,
+):  # i (n,), j (n,), strength (n,) in −1..1
+    "The strongest links between two joints, of both directions' mean, as shares of the strongest."
+    mean = (G + G.T) / 2
+    i, j = np.triu_indices(len(G), 1)
+    order = np.argsort(-np.abs(mean[i, j]), kind="stable")[:n]
+    order = order[mean[i, j][order] != 0]
+    return i[order], j[order], mean[i, j][order] / max(np.abs(mean[i, j]).max(), 1e-12)
+
+# %% ../nbs/12b_explorer.ipynb #1ac3ce68
+def _bend(a, b, bend=0.12, n=10):
+    "Points (n,2) on a slightly bent way from a to b."
+    s = np.linspace(0, 1, n)[:, None]
+    return a + s * (b - a) + 4 * s * (1 - s) * np.array([a[1] - b[1], b[0] - a[0]]) * bend
+
+# %% ../nbs/12b_explorer.ipynb #352a308a
+def _floor(joints, centre, wide, lines=5):
+    "(2·lines, 2, 3): a square grid under a clip."
+    x, z, low = centre[0], centre[2], joints[:, 1].min()
+    at = np.linspace(-0.7 * wide, 0.7 * wide, lines)
+    along = [[(x + a, low, z + at[0]), (x + a, low, z + at[-1])] for a in at]
+    return np.array(along + [[(x + at[0], low, z + a), (x + at[-1], low, z + a)] for a in at])
+
+# %% ../nbs/12b_explorer.ipynb #b3df4027
 class Stage:
     "The body in its window: floor, bones and joints with focus, links of G_k. Everything here moves."
 
@@ -302,36 +365,41 @@ class Stage:
         G = self.look.dynamic[scene.module][scene.body, scene.k - 1]
         i, j, share = strongest_links(G * np.outer(here, here))
         self.arcs.set_segments([_bend(flat[scene.body, a], flat[scene.body, b]) for a, b in zip(i, j)])
-        self.arcs.set_color([mpl.colors.to_rgba(COLOURS["blue" if s > 0 else "vermillion"], 0.15 + 0.75 * abs(s)) for s in share])
+        self.arcs.set_color([mpl.colors.to_rgba(COLOURS["vermillion" if s > 0 else "blue"], 0.15 + 0.75 * abs(s)) for s in share])
         self.arcs.set_linewidth(0.4 + 2.4 * np.abs(share))
 
-# %% ../nbs/12b_explorer.ipynb #3fd26994
-def strongest_links(
-    G,  # (V,V)
-    n: int = 15,
-):  # i (n,), j (n,), strength (n,) in −1..1
-    "The strongest links between two joints, of both directions' mean, as shares of the strongest."
-    mean = (G + G.T) / 2
-    i, j = np.triu_indices(len(G), 1)
-    order = np.argsort(-np.abs(mean[i, j]), kind="stable")[:n]
-    order = order[mean[i, j][order] != 0]
-    return i[order], j[order], mean[i, j][order] / max(np.abs(mean[i, j]).max(), 1e-12)
+# %% ../nbs/12b_explorer.ipynb #d86848e6
+def lay_out(figure, skeleton):  # headline, parts
+    "Make the stage, the answers, the maps and the graphs in an empty figure."
+    figure.clear()
+    with plt.rc_context(STYLE):
+        sides = figure.add_gridspec(1, 2, width_ratios=(0.36, 0.64), left=0.012, right=0.975, top=0.915, bottom=0, wspace=0.19)
+        left = sides[0].subgridspec(3, 1, height_ratios=(0.66, 0.04, 0.3), hspace=0)
+        right = sides[1].subgridspec(3, 1, height_ratios=(0.48, 0.4, 0.115), hspace=0.17)
+        parts = [Stage(figure.add_subplot(left[0]), skeleton), Answers(figure.add_subplot(left[2])),
+                 Maps(figure, skeleton, right[0]), Graphs(figure, skeleton, right[1])]  # fmt: skip
+        headline = figure.text(0.012, 0.965, "", fontsize=11, weight="bold", va="center")
+    for artist in [headline] + [a for part in parts for a in [*part.still, *part.moving]]:
+        artist.set_animated(True)
+    return headline, parts
 
+# %% ../nbs/12b_explorer.ipynb #44e8e3c9
+def _within(scene, look):
+    "The scene, or ValueError if there is no such frame, body, module or scale."
+    for what, low, high in (("frame", 0, look.clip.joints.shape[1] - 1), ("body", 0, len(look.clip.joints) - 1), ("module", 0, 5), ("k", 1, look.scales)):
+        value = getattr(scene, what)
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+            raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r}")
+    return scene
 
-def _bend(a, b, bend=0.12, n=10):
-    "Points (n,2) on a slightly bent way from a to b."
-    s = np.linspace(0, 1, n)[:, None]
-    return a + s * (b - a) + 4 * s * (1 - s) * np.array([a[1] - b[1], b[0] - a[0]]) * bend
+# %% ../nbs/12b_explorer.ipynb #e7ffbf96
+def _headline(look):
+    "The clip, the answer, and whether it is right."
+    a = look.answer
+    verdict = {True: "right", False: f"wrong: it is {a.label!r}", None: f"labelled {a.label!r}" if a.label else ""}[a.correct]
+    return f"{a.name}:  {a.action} {100 * a.probability:.0f} %" + (f"  ({verdict})" if verdict else "")
 
-
-def _floor(joints, centre, wide, lines=5):
-    "(2·lines, 2, 3): a square grid under a clip."
-    x, z, low = centre[0], centre[2], joints[:, 1].min()
-    at = np.linspace(-0.7 * wide, 0.7 * wide, lines)
-    along = [[(x + a, low, z + at[0]), (x + a, low, z + at[-1])] for a in at]
-    return np.array(along + [[(x + at[0], low, z + a), (x + at[-1], low, z + a)] for a in at])
-
-# %% ../nbs/12b_explorer.ipynb #b79b6259
+# %% ../nbs/12b_explorer.ipynb #f4fc01d3
 class Board:
     """The explorer's picture, without any widget: `show(frame=12)` changes it, `png()` gives it.
 
@@ -346,8 +414,7 @@ class Board:
         dpi: int = 100,
     ):
         self.figure = Figure(figsize=size, dpi=dpi)
-        self.canvas, self.look, self.scene = FigureCanvasAgg(self.figure), None, scene
-        self.paper = self.kept = self.skeleton = None
+        self.layers, self.look, self.scene, self.skeleton = Layers(self.figure), None, scene, None
         self.show(look, frame=scene.frame, body=scene.body)
 
     def show(
@@ -360,31 +427,22 @@ class Board:
             changes = {"frame": 0, "body": look.shown[0], **changes}
         look = look or self.look
         scene = _within(replace(self.scene, **changes), look)
-        if look.clip.skeleton != self.skeleton:
-            self._lay_out(look.clip.skeleton)
-        if look is not self.look or any(getattr(scene, f) != getattr(self.scene, f) for f in ("body", "module", "k")) or self.kept is None:
-            self.kept = None
+        if fresh := look.clip.skeleton != self.skeleton:
+            self.skeleton, (self.headline, self.parts) = look.clip.skeleton, lay_out(self.figure, look.clip.skeleton)
+        if fresh or look is not self.look or any(getattr(scene, f) != getattr(self.scene, f) for f in ("body", "module", "k")):
+            self.layers.forget(paper=fresh)
             self.headline.set_text(_headline(look))
             for part in self.parts:
                 part.fill(look, scene)
         self.look, self.scene = look, scene
-        self.stage.step(scene)
-        self.maps.step(scene)
+        for part in self.parts:
+            part.step(scene)
         return self
 
     def pixels(self) -> np.ndarray:  # (height, width, 4) uint8
         "The picture as it is now."
-        with plt.rc_context(STYLE):
-            if self.paper is None:
-                self.canvas.draw()
-                self.paper = self.canvas.copy_from_bbox(self.figure.bbox)
-            if self.kept is None:
-                self.canvas.restore_region(self.paper)
-                self._paint([self.headline] + [a for part in self.parts for a in part.still])
-                self.kept = self.canvas.copy_from_bbox(self.figure.bbox)
-            self.canvas.restore_region(self.kept)
-            self._paint(a for part in self.parts for a in part.moving)
-        return np.asarray(self.canvas.buffer_rgba())
+        still = [self.headline] + [a for part in self.parts for a in part.still]
+        return self.layers.paint(still, [a for part in self.parts for a in part.moving])
 
     def png(
         self,
@@ -401,43 +459,24 @@ class Board:
     def __repr__(self):
         return f"Board({self.look.clip.name}, frame {self.scene.frame})"
 
-    def _paint(self, artists):
-        for artist in artists:
-            self.figure.draw_artist(artist)
+# %% ../nbs/12b_explorer.ipynb #32003aff
+def _class_of(shelf, i):
+    "The class of a clip in words; None if the file doesn't tell it, or can't be read."
+    try:
+        clip = shelf[i]
+    except ClipError:
+        return None
+    return clip.class_name or (None if clip.label is None else f"class {clip.label}")
 
-    def _lay_out(self, skeleton):
-        "Make all parts, for one skeleton."
-        fig = self.figure
-        fig.clear()
-        self.skeleton, self.paper, self.kept = skeleton, None, None
-        with plt.rc_context(STYLE):
-            sides = fig.add_gridspec(1, 2, width_ratios=(0.36, 0.64), left=0.012, right=0.975, top=0.915, bottom=0, wspace=0.19)
-            left = sides[0].subgridspec(3, 1, height_ratios=(0.66, 0.04, 0.3), hspace=0)
-            right = sides[1].subgridspec(3, 1, height_ratios=(0.48, 0.4, 0.115), hspace=0.17)
-            self.stage = Stage(fig.add_subplot(left[0]), skeleton)
-            self.maps = Maps(fig, skeleton, right[0])
-            self.parts = [self.stage, Answers(fig.add_subplot(left[2])), self.maps, Graphs(fig, skeleton, right[1])]
-            self.headline = fig.text(0.012, 0.965, "", fontsize=11, weight="bold", va="center")
-        for artist in [self.headline] + [a for part in self.parts for a in [*part.still, *part.moving]]:
-            artist.set_animated(True)
+# %% ../nbs/12b_explorer.ipynb #cacdc9c7
+def _readable(shelf, i, ask):
+    "The clip, if it can be read and the networks can be asked about it."
+    try:
+        return ask.check(shelf[i])
+    except ClipError:
+        return None
 
-# %% ../nbs/12b_explorer.ipynb #bcdf3598
-def _within(scene, look):
-    "The scene, or ValueError if there is no such frame, body, module or scale."
-    for what, low, high in (("frame", 0, look.clip.joints.shape[1] - 1), ("body", 0, len(look.clip.joints) - 1), ("module", 0, 5), ("k", 1, look.scales)):
-        value = getattr(scene, what)
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-            raise ValueError(f"{what} must be a whole number from {low} to {high}, got {value!r}")
-    return scene
-
-
-def _headline(look):
-    "The clip, the answer, and whether it is right."
-    a = look.answer
-    verdict = {True: "right", False: f"wrong: it is {a.label!r}", None: f"labelled {a.label!r}" if a.label else ""}[a.correct]
-    return f"{a.name}:  {a.action} {100 * a.probability:.0f} %" + (f"  ({verdict})" if verdict else "")
-
-# %% ../nbs/12b_explorer.ipynb #edcf87b2
+# %% ../nbs/12b_explorer.ipynb #0755002c
 class Shelf:
     "Clips to choose from, by name and by class. ValueError if there is none; ClipError for a path that can't be read, and from [i] for a bad file."
 
@@ -488,22 +527,7 @@ class Shelf:
             self.answers.update({i: a.correct for i, a in zip(read, ask(list(read.values()), focus=False))})
             yield min(start + batch_size, len(todo))
 
-
-def _class_of(shelf, i):
-    try:
-        clip = shelf[i]
-    except ClipError:
-        return None
-    return clip.class_name or (None if clip.label is None else f"class {clip.label}")
-
-
-def _readable(shelf, i, ask):
-    try:
-        return ask.check(shelf[i])
-    except ClipError:
-        return None
-
-# %% ../nbs/12b_explorer.ipynb #cb85b165
+# %% ../nbs/12b_explorer.ipynb #830a02fc
 def _widgets():
     "The package ipywidgets, or an ImportError that says how to get it."
     try:
@@ -515,7 +539,7 @@ def _widgets():
 
 STEP = 3  # frames between two pictures of a playing clip: ten a second at 30 frames a second
 
-# %% ../nbs/12b_explorer.ipynb #d3bd040c
+# %% ../nbs/12b_explorer.ipynb #c3e0ce0f
 def make_controls(w, shelf, networks, scene) -> dict:
     "The widgets by name; w is the package ipywidgets."
     size = lambda width: w.Layout(width=width)
@@ -539,7 +563,7 @@ def make_controls(w, shelf, networks, scene) -> dict:
         "k": w.ToggleButtons(options=[(f"k = {k}", k) for k in (1, 2, 3)], value=scene.k, style={"button_width": "4.6em"}),
     }
 
-# %% ../nbs/12b_explorer.ipynb #7f529dac
+# %% ../nbs/12b_explorer.ipynb #805ce451
 ROWS = (("class", "wrong", "before", "clip", "after"), ("play", "frame"), ("azimuth", "elevation", "links"), ("network", "about", "body", "module", "k"))
 
 
@@ -561,7 +585,45 @@ def connect_controls(explorer):
     c["before"].on_click(lambda _: explorer.move(-1))
     c["after"].on_click(lambda _: explorer.move(1))
 
-# %% ../nbs/12b_explorer.ipynb #b9b40acd
+# %% ../nbs/12b_explorer.ipynb #0c0951e7
+def set_controls(explorer, look, scene):
+    "Let the controls say what there is in this clip, and what is shown of it."
+    c, explorer.quiet = explorer.controls, True
+    for name in ("play", "frame"):
+        c[name].max = look.clip.joints.shape[1] - 1
+        c[name].value = scene.frame
+    likely = [name for name, _ in look.answer.top(5)]
+    for name, options, value in (("body", [(f"body {b + 1}", b) for b in look.shown], scene.body),
+                                 ("about", dict.fromkeys([*likely, look.answer.about, look.answer.label]), look.answer.about)):  # fmt: skip
+        c[name].options = [o for o in options if o is not None and (name == "body" or o in look.answer.classes)]
+        c[name].value = value
+    for name in ("module", "k", "links"):
+        c[name].disabled = not look.dynamic
+    for name in ("azimuth", "elevation"):
+        c[name].disabled = look.clip.joints.shape[-1] == 2
+    explorer.quiet = False
+
+# %% ../nbs/12b_explorer.ipynb #5a73eb17
+def wanted_clips(explorer, at_most=2000) -> list:  # of clip numbers
+    "Clips of the chosen class, and only those answered wrongly if that is wanted."
+    c, found = explorer.controls, explorer.shelf.of_class(explorer.controls["class"].value)[:at_most]
+    if c["wrong"].value:
+        for done in explorer.shelf.ask(explorer.ask, found):
+            explorer.say(f"asking about clips: {done:,} done")
+        found = [i for i in found if explorer.shelf.answers[i] is False]
+        explorer.say("" if found else "none of these clips is answered wrongly")
+    return found
+
+# %% ../nbs/12b_explorer.ipynb #40745f34
+def _has_kernel():
+    "Whether a Jupyter kernel runs this."
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    return getattr(get_ipython(), "kernel", None) is not None
+
+# %% ../nbs/12b_explorer.ipynb #4620ae68
 class Explorer:
     "Widgets around a Board; made by `explore`. `board`, `shelf` and `controls` are there for those who want more."
 
@@ -588,7 +650,7 @@ class Explorer:
         if self.board is None:
             self.board = Board(look, replace(self.scene, frame=0, body=look.shown[0]))
         self.board.show(look)
-        self._set_controls(look, self.board.scene)
+        set_controls(self, look, self.board.scene)
         self.say("")
         self.show()
 
@@ -607,37 +669,16 @@ class Explorer:
         if values:
             self.controls["clip"].value = values[(values.index(self.controls["clip"].value) + by) % len(values)]
 
-    def list_clips(self, at_most=2000):
-        "Fill the list of clips: of the class, and only those answered wrongly if that is wanted."
-        c, found = self.controls, self.shelf.of_class(self.controls["class"].value)[:at_most]
+    def list_clips(self):
+        "Fill the list of clips, and go to the first where the one that is shown isn't among them."
         self.say("")
-        if c["wrong"].value:
-            for done in self.shelf.ask(self.ask, found):
-                self.say(f"asking about clips: {done:,} done")
-            found = [i for i in found if self.shelf.answers[i] is False]
-            self.say("" if found else "none of these clips is answered wrongly")
-        was, self.quiet = c["clip"].value, True
-        c["clip"].options = [(self.shelf.name(i), i) for i in found]
-        c["clip"].value = now = was if was in found else found[0] if found else None
+        found, control = wanted_clips(self), self.controls["clip"]
+        was, self.quiet = control.value, True
+        control.options = [(self.shelf.name(i), i) for i in found]
+        control.value = now = was if was in found else found[0] if found else None
         self.quiet = False
         if now is not None and now != was:
             self.choose(now)
-
-    def _set_controls(self, look, scene):
-        c, self.quiet = self.controls, True
-        for name in ("play", "frame"):
-            c[name].max = look.clip.joints.shape[1] - 1
-            c[name].value = scene.frame
-        likely = [name for name, _ in look.answer.top(5)]
-        for name, options, value in (("body", [(f"body {b + 1}", b) for b in look.shown], scene.body),
-                                     ("about", dict.fromkeys([*likely, look.answer.about, look.answer.label]), look.answer.about)):  # fmt: skip
-            c[name].options = [o for o in options if o is not None and (name == "body" or o in look.answer.classes)]
-            c[name].value = value
-        for name in ("module", "k", "links"):
-            c[name].disabled = not look.dynamic
-        for name in ("azimuth", "elevation"):
-            c[name].disabled = look.clip.joints.shape[-1] == 2
-        self.quiet = False
 
     def _repr_mimebundle_(self, **_):
         "The widgets where a kernel can talk to them, and the still."
@@ -647,16 +688,7 @@ class Explorer:
     def __repr__(self):
         return f"Explorer({len(self.shelf)} clips, {len(self.ask.networks)} networks)"
 
-# %% ../nbs/12b_explorer.ipynb #5ce5d0bc
-def _has_kernel():
-    "Whether a Jupyter kernel runs this."
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return getattr(get_ipython(), "kernel", None) is not None
-
-# %% ../nbs/12b_explorer.ipynb #48b56493
+# %% ../nbs/12b_explorer.ipynb #85b8e220
 def explore(
     source,  # ClipStore, Clip, list of Clips, or a path to a store or to recordings
     checkpoint=None,  # a folder, a list of folders (averaged), or a Predictor; None: the shipped networks
