@@ -38,7 +38,7 @@ def traced_cells(
     overlap = (torch.minimum(edges[1:, None], frame + 1) - torch.maximum(edges[:-1, None], frame)).clamp(min=0)
     return overlap / overlap.sum(1, keepdim=True)
 
-# %% ../nbs/12c_onnx.ipynb #c12037c0
+# %% ../nbs/12c_onnx.ipynb #04cfde43
 class TracedAlpha(nn.Module):
     "An Alpha in evaluation mode whose cells of time are computed (the same numbers)."
 
@@ -52,7 +52,7 @@ class TracedAlpha(nn.Module):
         steps = h @ traced_cells(beta.shape[1], a.cells, h).t()
         return a.mix_time(steps.transpose(1, 2)).unflatten(1, (a.scales, -1))
 
-
+# %% ../nbs/12c_onnx.ipynb #067162a5
 class Exported(nn.Module):
     "What the file computes: x (N,C,T,V,M) → logits, and, if wanted, the focus Q of the likeliest class and the six G_k."
 
@@ -75,7 +75,7 @@ class Exported(nn.Module):
             out.append(grad_cam(f, self.net.head, out[0].argmax(1)))
         return (*out, *(f.dynamic if self.adjacencies else ()))
 
-# %% ../nbs/12c_onnx.ipynb #1249d294
+# %% ../nbs/12c_onnx.ipynb #df6cfa18
 @contextmanager
 def _without_known_noise():
     "Two remarks about torch's own insides that say nothing about the export: operators of torchvision, and a class of pytrees renamed."
@@ -89,7 +89,7 @@ def _without_known_noise():
     finally:
         log.setLevel(level)
 
-
+# %% ../nbs/12c_onnx.ipynb #d84ba7d6
 def _need(name):
     "An optional package, or an ImportError that says how to get it."
     try:
@@ -97,7 +97,7 @@ def _need(name):
     except ImportError as e:
         raise ImportError(f'{name} is not installed; ONNX export needs the extra packages of: pip install -e ".[onnx]"') from e
 
-
+# %% ../nbs/12c_onnx.ipynb #6690872f
 def onnx_difference(
     path,  # file that export_onnx wrote
     net: nn.Module,  # the network it came from, in evaluation mode
@@ -122,7 +122,35 @@ def onnx_difference(
             worst = max(worst, float(np.abs(got - want).max() / max(1.0, np.abs(want).max())))
     return worst
 
+# %% ../nbs/12c_onnx.ipynb #40e17c78
+def _traced(net, wrapped):
+    "The ONNX program of an Exported network, for any number of clips and frames."
+    example = torch.randn(2, net.in_channels, 40, net.skeleton.num_joints, net.num_bodies, generator=torch.Generator().manual_seed(0))
+    dims = {0: torch.export.Dim("clips"), 2: torch.export.Dim("frames", min=5)}  # the tracer wants two frames after two halvings; the file takes one
+    with _without_known_noise(), torch.no_grad():
+        return torch.onnx.export(wrapped, (example,), dynamo=True, dynamic_shapes=(dims,), input_names=["x"], output_names=wrapped.names,
+                                 opset_version=18, verbose=False)  # fmt: skip
 
+# %% ../nbs/12c_onnx.ipynb #8b63d035
+def _write_checked(program, path, net, facts, tolerance):
+    "The program as a file that says what it is. ValueError, and no file, where it differs from PyTorch."
+    onnx = _need("onnx")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(path.name + ".new")
+    try:
+        program.save(str(aside), external_data=False)
+        model = onnx.load(str(aside))
+        onnx.helper.set_model_props(model, {k: json.dumps(v) for k, v in facts.items()})
+        onnx.checker.check_model(model)
+        onnx.save(model, str(aside))
+        difference = onnx_difference(aside, net)
+        if not difference <= tolerance:
+            raise ValueError(f"{path}: the exported network differs from PyTorch by {difference:.1e}, more than {tolerance:.0e}")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+# %% ../nbs/12c_onnx.ipynb #17cae6ac
 def export_onnx(
     network,  # a checkpoint's folder, a run's folder, or a network
     path,  # the .onnx file to write
@@ -136,38 +164,19 @@ def export_onnx(
     The header of the checkpoint goes into the metadata. The file is compared with PyTorch, and then renamed into place.
     Raises ValueError if they differ or the network has no G_k to put out, ImportError without the packages of `.[onnx]`.
     """
-    onnx = _need("onnx")
-    _need("onnxscript")
-    path = Path(path)
-    net = network
+    for package in ("onnx", "onnxscript"):
+        _need(package)
+    path, net = Path(path), network
     if not isinstance(network, nn.Module):
         net, header = load_network(find_checkpoint(network))
         facts = {**header, **facts}
     facts = {"model": network_name(net), **{k: getattr(net, k) for k in net.SIZES}, **facts, "skeleton": asdict(net.skeleton), "stf": __version__}
     if adjacencies and not hasattr(net, "stf"):
         raise ValueError(f"only STF networks have adjacencies G_k to put out; this is {facts['model']!r}")
-    wrapped = Exported(net, focus, adjacencies).eval()
-    example = torch.randn(2, net.in_channels, 40, net.skeleton.num_joints, net.num_bodies, generator=torch.Generator().manual_seed(0))
-    dims = {0: torch.export.Dim("clips"), 2: torch.export.Dim("frames", min=5)}  # the tracer wants two frames after two halvings; the file takes one
-    with _without_known_noise(), torch.no_grad():
-        program = torch.onnx.export(wrapped, (example,), dynamo=True, dynamic_shapes=(dims,), input_names=["x"], output_names=wrapped.names,
-                                    opset_version=18, verbose=False)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".new")
-    try:
-        program.save(str(aside), external_data=False)
-        model = onnx.load(str(aside))
-        onnx.helper.set_model_props(model, {k: json.dumps(v) for k, v in facts.items()})
-        onnx.checker.check_model(model)
-        onnx.save(model, str(aside))
-        difference = onnx_difference(aside, net)
-        if not difference <= tolerance:
-            raise ValueError(f"{path}: the exported network differs from PyTorch by {difference:.1e}, more than {tolerance:.0e}")
-        return Path(os.replace(aside, path) or path)
-    finally:
-        aside.unlink(missing_ok=True)
+    _write_checked(_traced(net, Exported(net, focus, adjacencies).eval()), path, net, facts, tolerance)
+    return path
 
-# %% ../nbs/12c_onnx.ipynb #1e2b254e
+# %% ../nbs/12c_onnx.ipynb #5c7073ff
 def export_command(
     checkpoint: Positional[str],
     path: Positional[str],
