@@ -859,7 +859,7 @@ def perform(
             build(actor)
     return np.stack([bend_arms(actor, actors[1 - i] if len(actors) == 2 else None) for i, actor in enumerate(actors)])
 
-# %% ../nbs/03_synthetic.ipynb #ab5f8ef3
+# %% ../nbs/03_synthetic.ipynb #800f234b
 @dataclass(frozen=True)
 class Camera:
     "A depth camera on a tripod; metres and radians. It looks at the room's middle, turned and tilted a little."
@@ -875,7 +875,7 @@ class Camera:
         position = np.array([self.distance * np.sin(self.azimuth), self.height, -self.distance * np.cos(self.azimuth)])
         return (np.asarray(joints) - position) @ _turn("y", self.turn - self.azimuth) @ _turn("x", -self.tilt)
 
-# %% ../nbs/03_synthetic.ipynb #0a304c61
+# %% ../nbs/03_synthetic.ipynb #a4bcf518
 def room_camera(
     camera: int,  # 1, 2 or 3
     setup: int = 33,  # setup number: other positions of the tripods
@@ -888,7 +888,7 @@ def room_camera(
     azimuth = {1: 0.0, 2: np.pi / 4, 3: -np.pi / 4}[camera] + 0.05 * u[0]
     return Camera(azimuth, 3.5 + 0.3 * u[1], 0.75 + 0.15 * u[2], 0.04 * u[3], 0.04 * u[4])
 
-# %% ../nbs/03_synthetic.ipynb #1da39319
+# %% ../nbs/03_synthetic.ipynb #e4f08239
 def _by_joint(default, **special):
     "(25,) one value a joint; a name without a side means both sides."
     values = np.full(25, float(default))
@@ -898,7 +898,7 @@ def _by_joint(default, **special):
                 values[i] = value
     return values
 
-# %% ../nbs/03_synthetic.ipynb #96bc80c7
+# %% ../nbs/03_synthetic.ipynb #03cbe39c
 JITTER = 1e-3 * _by_joint(  # metres, from frame to frame
     0.35, head=0.5, elbow=0.8, wrist=2.0, hand=2.6, hand_tip=5.5, thumb=8.5, knee=0.6, ankle=0.8, foot=3.3)  # fmt: skip
 DRIFT = 1e-3 * _by_joint(  # metres, slow, on top of the parent's
@@ -910,12 +910,12 @@ INFERRED = _by_joint(  # share of frames, beside those behind a trunk
 LOST = _by_joint(0.0, wrist=0.002, hand=0.004, hand_tip=0.008, thumb=0.008, ankle=0.002, foot=0.006)  # share of frames
 BURSTS = (1.5, 22.0, 0.25)  # mean length in frames of short and of long bursts, share of the long ones
 
-# %% ../nbs/03_synthetic.ipynb #73dd7ab6
+# %% ../nbs/03_synthetic.ipynb #4bc0b264
 _TREE = [(1, 0), (20, 1), (2, 20), (3, 2)] + [  # (joint, parent) from the spine base outwards
     pair for a, b in ((4, 12), (8, 16)) for pair in ((a, 20), (a + 1, a), (a + 2, a + 1), (a + 3, a + 2), (b, 0), (b + 1, b), (b + 2, b + 1), (b + 3, b + 2))
 ] + [(21, 7), (22, 7), (23, 11), (24, 11)]  # fmt: skip
 
-# %% ../nbs/03_synthetic.ipynb #b1cf0cdc
+# %% ../nbs/03_synthetic.ipynb #925c5462
 def _bursts(rng, shape, rate):
     "(M,T,25) bool: bursts of frames that cover about `rate` (25,) of each joint's time."
     M, T, V = shape
@@ -927,7 +927,7 @@ def _bursts(rng, shape, rate):
     end = np.maximum.accumulate(np.where(starts, frame + length, 0), axis=1)
     return (frame < end)[:, before:]
 
-# %% ../nbs/03_synthetic.ipynb #8612a35e
+# %% ../nbs/03_synthetic.ipynb #5ea39528
 def _hidden(joints):
     "(M,T,25) bool: limb joints (in camera coordinates) that a trunk stands before."
     hidden = np.zeros(joints.shape[:3], dtype=bool)
@@ -942,7 +942,7 @@ def _hidden(joints):
                                   "left shoulder", "right shoulder")]] = False  # fmt: skip
     return hidden
 
-# %% ../nbs/03_synthetic.ipynb #3ad0bf75
+# %% ../nbs/03_synthetic.ipynb #7f699a7e
 def _slow(rng, shape, width):
     "Gaussian noise of unit size (M,T,…), correlated over about `width` frames."
     T = shape[1]
@@ -951,21 +951,21 @@ def _slow(rng, shape, width):
     white = rng.standard_normal((shape[0], k.shape[1], int(np.prod(shape[2:]))))
     return np.einsum("ts,msc->mtc", k, white).reshape(shape)
 
-# %% ../nbs/03_synthetic.ipynb #f02d7ede
+# %% ../nbs/03_synthetic.ipynb #8e6076fb
 def _stretch(rng, T):
     "(T,) bool: true in one run of frames, between a fifth and three quarters of them; mostly at an end."
     n = int(np.clip(T * rng.uniform(0.2, 0.75), 1, T - 1))
     start = int(rng.integers(0, 2)) * (T - n) if rng.random() < 0.7 else int(rng.integers(0, T - n + 1))
     return (np.arange(T) >= start) & (np.arange(T) < start + n)
 
-# %% ../nbs/03_synthetic.ipynb #99d6dc52
+# %% ../nbs/03_synthetic.ipynb #20287277
 def _false_body(rng, person):
     "(T,25,3) a body where there is none, beside `person` (T,25,3)."
     still = (person[:1] - person[:1, :1]) * rng.uniform(0.3, 1.0, 3) + 0.08 * rng.standard_normal((1, 25, 3))
     beside = np.array([rng.choice([-1, 1]) * rng.uniform(0.6, 1.4), rng.uniform(-0.5, 0.1), rng.uniform(-0.3, 0.8)])
     return still + person[0, 0] + beside + 0.03 * _slow(rng, (1, len(person), 25, 3), 4)[0]
 
-# %% ../nbs/03_synthetic.ipynb #ec47c4b8
+# %% ../nbs/03_synthetic.ipynb #1266efbe
 @dataclass
 class Observation:
     "What one camera saw."
@@ -975,7 +975,7 @@ class Observation:
     present: np.ndarray  # (M,T) whether the body is in the file at all
     ids: tuple  # M body IDs, 17 digits
 
-# %% ../nbs/03_synthetic.ipynb #7a683832
+# %% ../nbs/03_synthetic.ipynb #16a6cc91
 def _errors(rng, shape, inferred):
     "(M,T,25,3) metres: drift that adds up from joint to joint, worse at inferred joints, and jitter; more in depth."
     depth = np.array([1.0, 1.0, 1.3])
@@ -986,7 +986,7 @@ def _errors(rng, shape, inferred):
         drift[:, :, joint] += drift[:, :, parent]
     return drift + (JITTER * (1 + 1.5 * inferred))[..., None] * depth * rng.standard_normal(shape)
 
-# %% ../nbs/03_synthetic.ipynb #85baa884
+# %% ../nbs/03_synthetic.ipynb #273166f5
 def observe(
     world,  # (M,T,25,3) joints in the room, from `perform`
     camera: Camera,  # where the sensor stands
@@ -1014,7 +1014,7 @@ def observe(
     ids = 72057594037900000 + rng.choice(40000, len(joints), replace=False)
     return Observation(joints, state, present, tuple(int(i) for i in ids))
 
-# %% ../nbs/03_synthetic.ipynb #8966f641
+# %% ../nbs/03_synthetic.ipynb #d88c698b
 DEPTH_CAMERA = (366.0, 258.0, 208.0)  # focal length and centre, pixels
 COLOUR_CAMERA = (1058.0, 974.0, 557.0)
 _JOINT_ROW = "%.6g %.6g %.6g %.5g %.5g %.5g %.5g 0 0 0 0 %d\n"
@@ -1037,7 +1037,7 @@ def format_ntu(
     frames = [f"{p.sum()}\n" + "".join(body[m] for m in np.flatnonzero(p)) for p in seen.present.T]
     return (f"{T}\n" + "".join(frames)) % tuple(values.ravel().tolist())
 
-# %% ../nbs/03_synthetic.ipynb #44587480
+# %% ../nbs/03_synthetic.ipynb #bd8195d3
 @dataclass(frozen=True)
 class SyntheticConfig:
     "What to record. The default is 20 actions × 12 subjects × 3 cameras = 720 clips. Raises ValueError for what can't be recorded."
@@ -1072,7 +1072,7 @@ class SyntheticConfig:
         "(action, subject, repetition, camera) of each clip, in order."
         return [(a, p, r, c) for a in self.actions for p in self.subjects for r in self.repetitions for c in self.cameras]
 
-# %% ../nbs/03_synthetic.ipynb #1e10fc82
+# %% ../nbs/03_synthetic.ipynb #28513dbb
 def record(
     action: int,  # NTU action number
     subject: int,  # subject number, from 1
@@ -1088,7 +1088,7 @@ def record(
     where = room_camera(camera, config.setup, config.seed)
     return observe(world, where, rng, config.noise, config.occlusion, config.false_bodies, config.missing_bodies)
 
-# %% ../nbs/03_synthetic.ipynb #dc33f450
+# %% ../nbs/03_synthetic.ipynb #b2078fc1
 def write_synthetic(
     folder,  # where the files go; made if it isn't there
     config: SyntheticConfig = SyntheticConfig(),
