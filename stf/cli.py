@@ -34,7 +34,7 @@ from .stgcn import STGCN  # noqa: F401 (importing it enters its name in NETWORKS
 from .tables import scarce, scarce_gains, shift, shift_table, streams, table2, table3, table4
 from .train import Config, ConfigError, Run, batch_options, import_msg3d, is_first_process, load_checkpoint, preset, presets, run, run_stf
 
-# %% ../nbs/15_cli.ipynb #1a08fbfa
+# %% ../nbs/15_cli.ipynb #79809f31
 def protocols(store: ClipStore) -> dict:
     "{protocol: (training clips, test clips)} of all protocols that have both in a store."
     stored = {key for i in range(len(store)) for key in store.about(i)["split"]}
@@ -48,7 +48,7 @@ def protocols(store: ClipStore) -> dict:
             found.setdefault(protocol_name(name), sizes)
     return found
 
-
+# %% ../nbs/15_cli.ipynb #620f3ff3
 def store_table(
     store: ClipStore,
 ) -> dict:  # what: text
@@ -70,13 +70,13 @@ def store_table(
     }
     return table
 
-
+# %% ../nbs/15_cli.ipynb #23c46fde
 def show_table(table: dict):
     "Print a table of two columns."
     width = max(map(len, table))
     print("\n".join(f"{what:{width}s}  {text}" for what, text in table.items()))
 
-# %% ../nbs/15_cli.ipynb #168cc869
+# %% ../nbs/15_cli.ipynb #c1e55520
 def draw_sheet(
     store: ClipStore,
     path,  # picture to write
@@ -102,7 +102,7 @@ def draw_sheet(
     figure.savefig(path, dpi=110)
     return chosen
 
-
+# %% ../nbs/15_cli.ipynb #a88ab875
 def named_skeleton(
     text: str,  # name of a known skeleton, or path of a JSON file with name, joints, bones, centre, height
 ):  # Skeleton, or None for ""
@@ -116,7 +116,7 @@ def named_skeleton(
     except (TypeError, ValueError) as e:
         raise ConfigError(f"{text}: describes no skeleton: {e}") from None
 
-# %% ../nbs/15_cli.ipynb #bad90718
+# %% ../nbs/15_cli.ipynb #e5ce1cd9
 def prepare(
     source: Positional[str],
     store: Positional[str],
@@ -146,7 +146,7 @@ def prepare(
     show_table({"store": str(store), **store_table(made), "picture": str(Path(store) / "sheet.png")})
     show_refused(made)
 
-
+# %% ../nbs/15_cli.ipynb #8a89973e
 def show_refused(store: ClipStore, most: int = 20):
     "Print which files could not be read, and why."
     table = store.refused
@@ -155,7 +155,7 @@ def show_refused(store: ClipStore, most: int = 20):
     if len(table) > most:
         print(f"  … and {len(table) - most:,} more: ClipStore({str(store.folder)!r}).refused")
 
-# %% ../nbs/15_cli.ipynb #9f9c9dde
+# %% ../nbs/15_cli.ipynb #4c0747e7
 def verify_store(folder) -> dict:
     "Hash every file of a store; {file: bytes and hash}. StoreError names all that have changed since it was built; nothing else is opened."
     if not (Path(folder) / "header.json").exists():
@@ -172,7 +172,12 @@ def verify_store(folder) -> dict:
         raise StoreError(f"{folder}: {', '.join(changed)}: the content has changed since the store was built; copy it again, or build it again")
     return files
 
+# %% ../nbs/15_cli.ipynb #b06dcb83
+def _result(r):
+    "A run's accuracy in words."
+    return f"top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}"
 
+# %% ../nbs/15_cli.ipynb #9b802c08
 def info(
     what: Positional[str] = "",
     verify: bool = False,
@@ -187,15 +192,13 @@ def info(
     if verify:
         files = verify_store(folder)
         print(f"{what}: all {len(files)} files ({sum(f['bytes'] for f in files.values()):,} bytes) are as they were when the store was built")
-        return
-    if not what:
+    elif not what:
         print(f"stf {__version__}; presets:\n  " + "\n  ".join(presets()))
     elif what in presets():
         print("\n".join(f"{k:16s}{v}" for k, v in asdict(preset(what)).items()))
     elif (folder / "run.json").exists():
         r = Run.load(folder)
-        print(f"{r.config.name}: finished, top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}\n")
-        print(r.history.round(4).to_string(index=False))
+        print(f"{r.config.name}: finished, {_result(r)}\n\n{r.history.round(4).to_string(index=False)}")
     elif (folder / "header.json").exists():
         store = ClipStore(folder)
         show_table({"store": what, **store_table(store)})
@@ -207,7 +210,7 @@ def info(
     else:
         print(open_clips(folder).summary)
 
-# %% ../nbs/15_cli.ipynb #ccc2dec8
+# %% ../nbs/15_cli.ipynb #76a311f0
 def train(
     config: Config,
     both_stages: bool = False,
@@ -228,12 +231,12 @@ def train(
     else:
         r = run(config)
         if is_first_process():
-            print(f"top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}; {r.folder}")
+            print(f"{_result(r)}; {r.folder}")
 
-
+# %% ../nbs/15_cli.ipynb #fa8311a7
 Rows = tuple[Literal[tuple(ROWS)], ...]
 
-
+# %% ../nbs/15_cli.ipynb #f16f24c9
 def run_ablation(
     config: Config,
     seeds: tuple[int, ...] = (0,),
@@ -259,7 +262,7 @@ def run_ablation(
     if len(have := gains(records, CONTRASTS).query("seeds > 0")):
         print(f"\ngains in percentage points, with their 95 % interval\n{have.round(2).to_string(na_rep='')}")
 
-# %% ../nbs/15_cli.ipynb #ddacb367
+# %% ../nbs/15_cli.ipynb #d74d93a1
 def run_scarce(
     config: Config,
     shares: tuple[float, ...] = (0.1, 0.2, 0.25, 1.0),
@@ -280,7 +283,7 @@ def run_scarce(
     print(table4(records).round(2).to_string(na_rep=""))
     print(f"\ngains in percentage points, with their 95 % interval\n{scarce_gains(records).round(2).to_string(na_rep='')}")
 
-
+# %% ../nbs/15_cli.ipynb #3b108132
 def run_shift(
     config: Config,
     to: str = "",
@@ -303,7 +306,7 @@ def run_shift(
         raise ConfigError("shift needs a second set: --to data/…")
     print(shift_table(shift(named_by_data(config), to, to_protocol, seeds, rows, results)).round(2).to_string(na_rep=""))
 
-
+# %% ../nbs/15_cli.ipynb #6fd799ad
 def run_table2(
     config: Config,
     seeds: tuple[int, ...] = (0,),
@@ -327,8 +330,9 @@ def run_table2(
     print(table[have].dropna(how="all").round(2).to_string(na_rep=""))
     print(f"\n{table3(records).round(2).to_string(na_rep='')}")
 
-# %% ../nbs/15_cli.ipynb #6b2ee160
+# %% ../nbs/15_cli.ipynb #f67b3d6d
 def _scores_of(source, store, protocol):
+    "The scores that a word on the command line stands for. ConfigError if there are none."
     path = Path(source)
     if path.suffix == ".npz":
         return Scores.load(path)
@@ -340,7 +344,12 @@ def _scores_of(source, store, protocol):
     data = ClipStore(store)
     return predict_scores(net, data, data.split(protocol)[1], **batch_options(header))
 
+# %% ../nbs/15_cli.ipynb #ee583ec8
+def _accuracies(scores, source):
+    "A line with both accuracies."
+    return f"top-1 {top_k(scores):6.2f} %   top-5 {top_k(scores, min(5, len(scores.classes))):6.2f} %   {source}"
 
+# %% ../nbs/15_cli.ipynb #004a25d6
 def evaluate(
     sources: Positional[tuple[str, ...]],
     store: str = "",
@@ -361,17 +370,18 @@ def evaluate(
         raise ConfigError("evaluate needs at least one source: a run's folder or a file of scores")
     parts = [_scores_of(s, store, protocol) for s in sources]
     for source, scores in zip(sources, parts):
-        print(f"top-1 {top_k(scores):6.2f} %   top-5 {top_k(scores, min(5, len(scores.classes))):6.2f} %   {source}")
+        print(_accuracies(scores, source))
     scores = average(*parts) if len(parts) > 1 else parts[0]
     if len(parts) > 1:
-        print(f"top-1 {top_k(scores):6.2f} %   top-5 {top_k(scores, min(5, len(scores.classes))):6.2f} %   average of {len(parts)}")
-    print("\nmost frequent confusions\n" + confusions(scores).round(1).to_string(index=False))
+        print(_accuracies(scores, f"average of {len(parts)}"))
+    wrong = confusions(scores).round(1)
+    print("\nmost frequent confusions\n" + wrong.to_string(index=False) if len(wrong) else "\nno clip is answered wrongly")
     if baseline:
         print("\nclass by class\n" + class_difference(scores, _scores_of(baseline, store, protocol)).round(2).to_string())
     if save:
         print(f"\nscores: {scores.save(save)}")
 
-
+# %% ../nbs/15_cli.ipynb #253f341e
 def run_demo(
     folder: str = "data/demo",
 ):
@@ -382,7 +392,7 @@ def run_demo(
     """
     demo(folder)
 
-# %% ../nbs/15_cli.ipynb #7bb31d7a
+# %% ../nbs/15_cli.ipynb #79dcea30
 def named_config(
     name: str,  # preset, run's folder or path of a config.json
 ) -> Config:
@@ -394,7 +404,7 @@ def named_config(
     config = Config.from_json(path.read_text())
     return config if path.name != "config.json" else config.replace(folder=str(path.parent))
 
-
+# %% ../nbs/15_cli.ipynb #014622c4
 def import_public(
     file: Positional[str],
     folder: Positional[str],
@@ -418,13 +428,13 @@ def import_public(
     print(f"{folder}: MS-G3D, {header['stream']} stream, {header['num_classes']} classes, {header['skeleton']['name']}; the second stage starts from it:\n"
           f"  stf train {preset or '<preset>'}-stf-dcg --init {folder} --preprocess msg3d")  # fmt: skip
 
-
+# %% ../nbs/15_cli.ipynb #5f7250b0
 COMMANDS = {"demo": run_demo, "prepare": prepare, "train": train, "evaluate": evaluate, "ablation": run_ablation, "scarce": run_scarce, "shift": run_shift,
             "table2": run_table2, "predict": predict_command, "export": export_command,
             "import-msg3d": import_public, "info": info}  # fmt: skip
 WITH_CONFIG = ("train", "ablation", "scarce", "shift", "table2")
 
-
+# %% ../nbs/15_cli.ipynb #0daa5167
 def _with_default(command, config):
     "The command with its Config's values as options of their own."
 
@@ -438,7 +448,7 @@ def _with_default(command, config):
     made.__doc__, made.__name__ = command.__doc__, command.__name__
     return made
 
-
+# %% ../nbs/15_cli.ipynb #7188847b
 def call(
     args: list,  # words after `stf`
 ):
@@ -458,7 +468,7 @@ def call(
     else:
         tyro.cli(COMMANDS[name], prog=f"stf {name}", args=rest)
 
-
+# %% ../nbs/15_cli.ipynb #c809c02d
 def main():
     "Entry point of the `stf` command. Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."
     try:
