@@ -536,6 +536,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'stf.evaluate.Scores.load': ('evaluate.html#scores.load', 'stf/evaluate.py'),
                               'stf.evaluate.Scores.predicted': ('evaluate.html#scores.predicted', 'stf/evaluate.py'),
                               'stf.evaluate.Scores.save': ('evaluate.html#scores.save', 'stf/evaluate.py'),
+                              'stf.evaluate._check_scores': ('evaluate.html#_check_scores', 'stf/evaluate.py'),
                               'stf.evaluate._same': ('evaluate.html#_same', 'stf/evaluate.py'),
                               'stf.evaluate.align': ('evaluate.html#align', 'stf/evaluate.py'),
                               'stf.evaluate.average': ('evaluate.html#average', 'stf/evaluate.py'),

@@ -16,7 +16,22 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/09_evaluate.ipynb #868e4f66
+# %% ../nbs/09_evaluate.ipynb #8854e805
+def _check_scores(names, labels, probabilities, classes):
+    "ValueError, naming the clip, for what can't be scores."
+    N, K = len(names), len(classes)
+    if probabilities.shape != (N, K) or len(labels) != N:
+        raise ValueError(f"{N} names and {K} classes need {N} labels and ({N}, {K}) probabilities; "
+                         f"got {len(labels)} labels and {probabilities.shape}")
+    if len(set(names)) < N:
+        twice = next(n for i, n in enumerate(names) if n in names[:i])
+        raise ValueError(f"clip {twice!r} occurs twice")
+    for i in np.flatnonzero((labels < -1) | (labels >= K))[:1]:
+        raise ValueError(f"clip {names[i]!r}: label {labels[i]} is none of the {K} classes")
+    for i in np.flatnonzero(~np.isfinite(probabilities).all(axis=1))[:1]:
+        raise ValueError(f"clip {names[i]!r}: its probabilities are not finite: {probabilities[i]}")
+
+# %% ../nbs/09_evaluate.ipynb #b633ac7e
 @dataclass
 class Scores:
     """What one network (or several, averaged) says about N clips of K classes.
@@ -33,17 +48,7 @@ class Scores:
         self.names, self.classes = [str(n) for n in self.names], [str(c) for c in self.classes]
         self.labels = np.asarray(self.labels, dtype=np.int64).reshape(-1)
         self.probabilities = np.asarray(self.probabilities)
-        N, K = len(self.names), len(self.classes)
-        if self.probabilities.shape != (N, K) or len(self.labels) != N:
-            raise ValueError(f"{N} names and {K} classes need {N} labels and ({N}, {K}) probabilities; "
-                             f"got {len(self.labels)} labels and {self.probabilities.shape}")
-        if len(set(self.names)) < N:
-            twice = next(n for i, n in enumerate(self.names) if n in self.names[:i])
-            raise ValueError(f"clip {twice!r} occurs twice")
-        for i in np.flatnonzero((self.labels < -1) | (self.labels >= K))[:1]:
-            raise ValueError(f"clip {self.names[i]!r}: label {self.labels[i]} is none of the {K} classes")
-        for i in np.flatnonzero(~np.isfinite(self.probabilities).all(axis=1))[:1]:
-            raise ValueError(f"clip {self.names[i]!r}: its probabilities are not finite: {self.probabilities[i]}")
+        _check_scores(self.names, self.labels, self.probabilities, self.classes)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -85,7 +90,7 @@ class Scores:
                 raise ValueError(f"{path}: not a file of scores, it lacks {', '.join(sorted(missing))}")
             return cls(z["names"].tolist(), z["labels"], z["probabilities"], z["classes"].tolist())
 
-# %% ../nbs/09_evaluate.ipynb #d44d16a6
+# %% ../nbs/09_evaluate.ipynb #470f086b
 def top_k(
     scores: Scores,  # N clips; those without a label are left out
     k: int = 1,  # how many of the most probable classes may be the true one
@@ -98,7 +103,7 @@ def top_k(
     hits = (ranked == scores.labels[known, None]).any(axis=1)
     return float(100 * hits.sum() / len(hits)) if len(hits) else float("nan")
 
-# %% ../nbs/09_evaluate.ipynb #e6efd4b0
+# %% ../nbs/09_evaluate.ipynb #8c26c83b
 def _same(what, first, other):
     "ValueError with the first difference between two lists of names."
     for i, (a, b) in enumerate(zip(first, other)):
@@ -145,7 +150,7 @@ def average(
     mean = sum(w * s.probabilities.astype(np.float64) for w, s in zip(weights / weights.sum(), aligned))
     return Scores(scores[0].names, scores[0].labels, mean, scores[0].classes)
 
-# %% ../nbs/09_evaluate.ipynb #fa956578
+# %% ../nbs/09_evaluate.ipynb #857b950f
 def class_accuracy(
     scores: Scores,  # N clips of K classes
 ) -> pd.DataFrame:  # index: class name; columns clips, correct, accuracy (per cent; NaN for a class without clips)
@@ -169,7 +174,7 @@ def class_difference(
     table["difference"] = table["accuracy"] - table["baseline"]
     return table.sort_values("difference", ascending=False, kind="stable")
 
-# %% ../nbs/09_evaluate.ipynb #ebc84e3e
+# %% ../nbs/09_evaluate.ipynb #6e831667
 def confusion_matrix(
     scores: Scores,  # N clips of K classes
     normalize: bool = False,  # rows in per cent of their clips instead of counts
@@ -196,7 +201,7 @@ def confusions(
     pairs = [(scores.classes[i], scores.classes[j], counts[i, j], 100 * counts[i, j] / total[i]) for i, j in zip(rows[order], cols[order])]
     return pd.DataFrame(pairs, columns=["true", "predicted", "clips", "share"])
 
-# %% ../nbs/09_evaluate.ipynb #a0d09650
+# %% ../nbs/09_evaluate.ipynb #94341e5c
 @torch.inference_mode()
 def predict_scores(
     net,  # network (N,C,T,V,M) → logits (N,K)
