@@ -27,17 +27,17 @@ from .batches import BODY_RULES, PRESETS, STREAMS
 from .losses import LossWeights
 from .stf_module import NETWORKS
 
-# %% ../nbs/09b_config.ipynb #4ab5008b
+# %% ../nbs/09b_config.ipynb #daa3d370
 class ConfigError(ValueError):
     "A configuration that cannot be meant: an unknown key or preset, or a value out of range."
 
-
+# %% ../nbs/09b_config.ipynb #b7168c55
 def closest(word, known) -> str:
     "', did you mean …?' with the most similar of the known words, or the list of them."
     near = difflib.get_close_matches(str(word), list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}?" if near else f"known are: {', '.join(known)}"
 
-# %% ../nbs/09b_config.ipynb #fe04c7c4
+# %% ../nbs/09b_config.ipynb #8da28b58
 @dataclass(frozen=True)
 class DataSettings:
     "Which clips, and how they become input."
@@ -56,7 +56,7 @@ class DataSettings:
     time: str = "repeat"  # how T frames are filled: repeat, or resize (linear interpolation)
     bodies: str = "spread"  # which bodies, where there are more (paper, 3D): spread, presence, motion or denoise
 
-# %% ../nbs/09b_config.ipynb #35135a3a
+# %% ../nbs/09b_config.ipynb #6737b6f4
 @dataclass(frozen=True)
 class AugmentSettings(DataSettings):
     "Random variants of the training clips."
@@ -75,7 +75,7 @@ class AugmentSettings(DataSettings):
         "The variants as one object, false where all are off."
         return Augment(**{f.name: getattr(self, f"aug_{f.name}") for f in fields(Augment)})
 
-# %% ../nbs/09b_config.ipynb #2a5445ea
+# %% ../nbs/09b_config.ipynb #251996e0
 @dataclass(frozen=True)
 class NetworkSettings(AugmentSettings):
     "Which network, how large, and from which weights."
@@ -90,7 +90,7 @@ class NetworkSettings(AugmentSettings):
     init: str | None = None  # checkpoint or run to start from; None: from scratch
     train_only: str = ""  # head: train the last layer alone, the rest stays as it was started; empty: everything
 
-# %% ../nbs/09b_config.ipynb #c9a1db82
+# %% ../nbs/09b_config.ipynb #51cd4c13
 @dataclass(frozen=True)
 class CourseSettings(NetworkSettings):
     "How long, in which steps, at which rate."
@@ -108,7 +108,7 @@ class CourseSettings(NetworkSettings):
     clip_grad: float = 0.0  # largest norm of a step's gradient; 0: as it is
     ema: float = 0.0  # evaluate and keep a moving average of the weights with this decay, e.g. 0.999; 0: the weights themselves
 
-# %% ../nbs/09b_config.ipynb #d14c723f
+# %% ../nbs/09b_config.ipynb #af78f3be
 @dataclass(frozen=True)
 class ObjectiveSettings(CourseSettings):
     "What is minimised beside cross-entropy."
@@ -128,7 +128,7 @@ class ObjectiveSettings(CourseSettings):
     stf_epochs: int = 50  # its epochs (not in the paper; as many as the first)
     stf_milestones: tuple[int, ...] = (20, 35, 45)  # its milestones
 
-# %% ../nbs/09b_config.ipynb #708fc152
+# %% ../nbs/09b_config.ipynb #154fb6a0
 @dataclass(frozen=True)
 class ComputeSettings(ObjectiveSettings):
     "How the same thing is computed: precision, pieces, compiler, device."
@@ -139,7 +139,7 @@ class ComputeSettings(ObjectiveSettings):
     compile: bool = False  # torch.compile the network
     device: str = "auto"  # auto, cpu or cuda
 
-# %% ../nbs/09b_config.ipynb #9b2b2fcf
+# %% ../nbs/09b_config.ipynb #3d9e5628
 @dataclass(frozen=True)
 class RecordSettings(ComputeSettings):
     "What is scored, saved and drawn by lot."
@@ -151,7 +151,7 @@ class RecordSettings(ComputeSettings):
     seed: int = 0  # of the weights and the order of the clips
     order: int = 0  # another order of the clips with the same seed
 
-# %% ../nbs/09b_config.ipynb #bf20a4c1
+# %% ../nbs/09b_config.ipynb #9c019ff9
 @dataclass(frozen=True)
 class Config(RecordSettings):
     "All that decides what one training computes. The defaults are the paper's, for NTU RGB+D 60; where it is silent, its backbone's."
@@ -213,7 +213,7 @@ class Config(RecordSettings):
     def __str__(self):
         return describe(self)
 
-# %% ../nbs/09b_config.ipynb #054089f8
+# %% ../nbs/09b_config.ipynb #0c51519a
 def read_config(cls, text):
     "A Config from JSON text."
     try:
@@ -224,13 +224,13 @@ def read_config(cls, text):
         raise ConfigError(f"this configuration has version {version}; this stf ({__version__}) reads version 1")
     return cls(**values)
 
-# %% ../nbs/09b_config.ipynb #2694d114
+# %% ../nbs/09b_config.ipynb #7bbece77
 def describe(config: Config) -> str:
     "One line a value; those that differ from the default are marked with a star."
     row = lambda f, value: f"{'*' if value != f.default else ' '} {f.name:16s}{value}"
     return "\n".join(row(f, getattr(config, f.name)) for f in fields(config))
 
-# %% ../nbs/09b_config.ipynb #7083b625
+# %% ../nbs/09b_config.ipynb #3c7e593c
 def check_keys(values):
     "ConfigError for a key that Config doesn't have, with the closest one."
     known = [f.name for f in fields(Config)]
@@ -238,7 +238,7 @@ def check_keys(values):
         if key not in known:
             raise ConfigError(f"a configuration has no {key!r}; {closest(key, known)}")
 
-# %% ../nbs/09b_config.ipynb #6ba2f9fc
+# %% ../nbs/09b_config.ipynb #68e1e0db
 def typed(name, value, default):
     "The value in the type of its default, or ConfigError."
     if isinstance(default, tuple):
@@ -258,7 +258,7 @@ def typed(name, value, default):
         raise ConfigError(f"{name} must be of type {type(default).__name__}, got {value!r}")
     return number
 
-# %% ../nbs/09b_config.ipynb #18ffc537
+# %% ../nbs/09b_config.ipynb #a649892d
 def _number(kind, value):
     "The value as a finite number of that kind; None if it is none."
     try:
@@ -267,7 +267,7 @@ def _number(kind, value):
         return None
     return number if math.isfinite(number) and number == value else None
 
-# %% ../nbs/09b_config.ipynb #39f91d08
+# %% ../nbs/09b_config.ipynb #acb14d50
 def _typed_list(name, value):
     "A tuple of whole numbers, or of texts for classes."
     kind, what = (str, "names") if name == "classes" else ((int, np.integer), "whole numbers")
@@ -275,7 +275,7 @@ def _typed_list(name, value):
         raise ConfigError(f"{name} must be a list of {what}, got {value!r}")
     return tuple(value) if kind is str else tuple(int(v) for v in value)
 
-# %% ../nbs/09b_config.ipynb #dab0a751
+# %% ../nbs/09b_config.ipynb #4d57c7c9
 CHOICES = {
     "stream": STREAMS,
     "preprocess": tuple(PRESETS),
@@ -297,7 +297,7 @@ AT_LEAST_1 = ("length", "num_bodies", "gcn_scales", "g3d_scales", "epochs", "bat
 AT_LEAST_0 = ("lr", "stf_lr", "decay", "momentum", "weight_decay", "warmup", "clip_grad", "seed", "order", "evaluate_every", "save_every",
               "lambda_e", "lambda_d", "lambda_c", "lambda_g")  # fmt: skip
 
-# %% ../nbs/09b_config.ipynb #751e11a7
+# %% ../nbs/09b_config.ipynb #b20a14de
 def check_ranges(config):
     "Words that are known, numbers that are large enough."
     for name, known in CHOICES.items():
@@ -315,7 +315,7 @@ def check_ranges(config):
     if not 0 < config.fraction <= 1:
         raise ConfigError(f"fraction is a share of the training clips, above 0 and at most 1; got {config.fraction}")
 
-# %% ../nbs/09b_config.ipynb #e50bb52a
+# %% ../nbs/09b_config.ipynb #15ef6ad6
 def check_input(config):
     "Input that can be made."
     if len(config.classes) == 1 or len(set(config.classes)) < len(config.classes):
@@ -327,7 +327,7 @@ def check_input(config):
     except ValueError as e:
         raise ConfigError(f"aug_{e}") from None
 
-# %% ../nbs/09b_config.ipynb #ab13a88f
+# %% ../nbs/09b_config.ipynb #ec927e2b
 def check_network(config):
     "Sizes that the network can have."
     if issubclass(NETWORKS[config.model], MSG3D):
@@ -338,7 +338,7 @@ def check_network(config):
     if config.train_only and not config.init:
         raise ConfigError("train_only='head' needs a trained network to keep: name it, init='data/runs/…'")
 
-# %% ../nbs/09b_config.ipynb #7e69a95f
+# %% ../nbs/09b_config.ipynb #cfae030f
 def check_objective(config):
     "Loss terms that the network and the input have."
     if config.losses is not None and (extra := set(config.losses) - set("edcg")):
@@ -350,7 +350,7 @@ def check_objective(config):
     if config.sync_bn and config.loss_weights.c:
         raise ConfigError("sync_bn has no second derivative, which the coherence loss (c) needs: leave one of them out")
 
-# %% ../nbs/09b_config.ipynb #d7a03a62
+# %% ../nbs/09b_config.ipynb #fa4a1af1
 def check_course(config):
     "Schedules, precision and what is kept."
     if config.nesterov and not config.momentum:
@@ -362,10 +362,10 @@ def check_course(config):
     if config.keep_best and not config.validation:
         raise ConfigError("keep_best needs validation clips to judge by (the test split is never used to choose): validation=0.1, say")
 
-# %% ../nbs/09b_config.ipynb #9f43cc61
+# %% ../nbs/09b_config.ipynb #9bcf5e2b
 CHECKS = (check_ranges, check_input, check_network, check_objective, check_course)
 
-# %% ../nbs/09b_config.ipynb #eaec45d0
+# %% ../nbs/09b_config.ipynb #bf52b20b
 BENCHMARKS = {
     "ntu60-xsub": dict(data="data/ntu60", protocol="xsub"),
     "ntu60-xview": dict(data="data/ntu60", protocol="xview"),
@@ -385,13 +385,13 @@ OTHERS = {
     "ucla-small": dict(**UCLA, **SMALL, epochs=30, milestones=(20, 27), stf_epochs=8, stf_milestones=(5, 7)),
 }  # fmt: skip
 
-# %% ../nbs/09b_config.ipynb #7bc21a51
+# %% ../nbs/09b_config.ipynb #a1e5dee0
 def presets() -> list:
     "Names of all presets."
     first = [f"{b}-{s}" for b in BENCHMARKS for s in ("joint", "bone")] + [f"{o}{s}" for o in OTHERS for s in ("", "-bone")]
     return [f"{name}{stage}" for name in first for stage in ("", "-stf-e", "-stf-dcg")]
 
-# %% ../nbs/09b_config.ipynb #bb037f11
+# %% ../nbs/09b_config.ipynb #26118675
 def preset(
     name: str,  # e.g. "ntu60-xsub-joint", "ntu60-xsub-joint-stf-e" or "…-stf-dcg"; presets() lists them
     **changes,  # values to change
@@ -410,7 +410,7 @@ def preset(
         values = {**values, "stf_epochs": values["epochs"], "stf_milestones": values["milestones"]}
     return Config(**{"name": base, "stream": stream, **values, **changes})
 
-# %% ../nbs/09b_config.ipynb #17094e29
+# %% ../nbs/09b_config.ipynb #005c0129
 STF_NETWORK = {"msg3d": "stf"}  # which network of NETWORKS starts from which baseline's weights, with β and α of its own
 
 
@@ -426,7 +426,7 @@ def second_stage(
         lr=config.stf_lr, epochs=config.stf_epochs, milestones=config.stf_milestones,
     )  # fmt: skip
 
-# %% ../nbs/09b_config.ipynb #1db13c43
+# %% ../nbs/09b_config.ipynb #d36f52f3
 def learning_rate(
     config: Config,
     epoch: int,  # counted from 0

@@ -266,7 +266,7 @@ def _without(todo, jobs, lost):
     "What is left to do when a job is lost: averages that need it are lost with it."
     return [k for k in todo if k != lost and jobs[lost].path not in jobs[k].average]
 
-# %% ../nbs/11_experiments.ipynb #18bc9f5e
+# %% ../nbs/11_experiments.ipynb #1ea643f7
 def make_records(
     jobs: list,  # of Job, the most urgent first
     stores: dict | None = None,  # open stores by their configuration's `data`; others are opened
@@ -275,7 +275,11 @@ def make_records(
     """Work a list of jobs off. Resumable; several processes may work on the same list.
 
     A training that ends in numbers that are not finite is told and left out; the others are made, then RuntimeError says which failed.
+    ConfigError under torchrun or accelerate launch, where every process would write the same records.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("records are not made under torchrun or accelerate launch, where every process would write them: "
+                          "start the same command without the launcher, in two terminals if you like; plain processes share the trainings by themselves")  # fmt: skip
     stores, failed = dict(stores or {}), {}
     made = {i: record for i, job in enumerate(jobs) if (record := job.held()) is not None}
     todo = [i for i in range(len(jobs)) if i not in made]

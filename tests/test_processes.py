@@ -19,6 +19,7 @@ import torch  # noqa: E402
 from accelerate import notebook_launcher  # noqa: E402
 from test_train import TinyStore, same, tiny, weights  # noqa: E402
 
+from stf.experiments import ablation  # noqa: E402
 from stf.stf_module import NETWORKS, STFNet  # noqa: E402
 from stf.train import (ConfigError, Run, begin, epoch_batches, in_first, load_checkpoint, make_accelerator, only_one, run,  # noqa: E402
                        running_statistics, train_step, training_mode)  # fmt: skip
@@ -226,6 +227,14 @@ def test_started_from_a_notebook(tmp_path):
     "After a training in the same kernel; accelerate's launcher refuses a process that still holds an accelerator."
     assert launch("notebook", tmp_path).wait(timeout=200) == 0
     assert Run.load(tmp_path / "r").record["environment"]["processes"] == 2
+
+
+def test_records_are_not_made_by_several_processes_of_a_launcher(tmp_path, monkeypatch):
+    "Each of them would write; `run` alone shares a training."
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="without the launcher, in two terminals"):
+        ablation(tiny(tmp_path / "r"), rows=("M1",), results=tmp_path, store=TinyStore(), progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_network_of_ones_own_is_trained_saved_and_resumed(tmp_path):
