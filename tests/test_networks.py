@@ -2,6 +2,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -460,16 +461,28 @@ def test_bf16_autocast_is_close(net):
     assert F.cosine_similarity(rough, fine, dim=0) > 0.97
 
 
+def needs_a_cpp_compiler():
+    if not (shutil.which("g++") or shutil.which("clang++")):
+        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+
+
 @pytest.mark.slow
-def test_compiled_gradient_of_each_term():
-    "torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's."
+@pytest.mark.parametrize("backend, dtype, T", [("aot_eager", torch.float64, 9), ("inductor", torch.float32, 16)])
+def test_compiled_gradient_of_each_term(backend, dtype, T):
+    """torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's.
+
+    The whole STFNet, by the part of the compiler that traces gradients, and by its own machine code.
+    """
+    if backend == "inductor":
+        needs_a_cpp_compiler()
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    net = STFNet(3, DOG, 4, 1, widths=(6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).double().train()
+    net = STFNet(3, DOG, 4, 1, (6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).to(dtype).train()
     for module in net.stf:
         torch.nn.init.normal_(module.alpha.mix_time.weight, std=0.3)
-    x, y, eager, gradients = clips(4, T=9, V=4, M=1, dtype=torch.float64), torch.arange(4) % 3, net.features, {}
+    x, y, eager, gradients = clips(4, T=T, V=4, M=1, dtype=dtype), torch.arange(4) % 3, net.features, {}
     start = {k: v.clone() for k, v in net.state_dict().items()}
-    for way, features in (("eager", eager), ("compiled", torch.compile(eager, backend="aot_eager", dynamic=False))):  # the part that traces gradients
+    for way, features in (("eager", eager), ("compiled", torch.compile(eager, backend=backend, dynamic=False))):
         net.features = features
         for term in ("ce", "e", "d", "c", "g"):
             net.zero_grad()
@@ -491,10 +504,7 @@ def test_compiled_gradient_of_each_term():
 @pytest.mark.parametrize("layer, channels", [("gcn3d1", 4), ("gcn3d2", 6), ("tcn1", 6)])
 def test_compiled_layers(layer, channels):
     "The compiler's own code, layer by layer: an overlapping view once made it write beyond its memory."
-    import shutil
-
-    if not (shutil.which("g++") or shutil.which("clang++")):
-        pytest.skip("torch.compile on the CPU needs a C++ compiler")
+    needs_a_cpp_compiler()
     torch._dynamo.reset()
     torch.manual_seed(0)
     net = MSG3D(3, DOG, 4, 1, widths=(6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).train()
