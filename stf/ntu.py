@@ -42,7 +42,7 @@ def show(text):
     text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
     return ascii(text if len(text) <= 24 else text[:24] + "…")
 
-# %% ../nbs/01d_ntu.ipynb #b0969111
+# %% ../nbs/01d_ntu.ipynb #000171fd
 class _Lines:
     "A file's lines, with the number of the current one for messages."
 
@@ -64,10 +64,10 @@ class _Lines:
 
     def count(self, what, limit):
         text = self.row(1, what)[0]
-        if not text.isdigit() or len(text) > 9:
+        if not text.isdigit():
             self.fail(f"{what} must be a whole number, not {show(text)}")
-        if int(text) > limit:
-            self.fail(f"{what} is {int(text):,}; more than {limit:,} is no recording")
+        if len(text) > 9 or int(text) > limit:
+            self.fail(f"{what} is {show(text)}; more than {limit:,} is no recording")
         return int(text)
 
 # %% ../nbs/01d_ntu.ipynb #cb26a6e3
