@@ -848,14 +848,14 @@ def normalise_joints(bn, x, running=False):
         flat = torch.cat([flat, x[:, c:].permute(0, 4, 1, 2, 3).reshape(N * M, C - c, T, V)], dim=1)
     return flat.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_backbone.ipynb #ee5d73d4
+# %% ../nbs/05_backbone.ipynb #5b740602
 class Features(NamedTuple):
     "What a network shows of itself: the small protocol that focus and losses speak (`features`, `head`, `from_modules`)."
 
     last: torch.Tensor  # (N,M,C,T',V) features before pooling
     modules: dict  # name → (N,M,C,T',V): maps inside the network that can be focused on
     present: torch.Tensor  # (N,M) bool: bodies that are not all zero in the input
-    beta: list = []  # STF networks: six maps (N,M,T_l,V) in 0..1
+    beta: list = []  # STF networks: six maps (N,M,T_l,V) in 0..1, T_l the frames that enter the module's block
     dynamic: list = []  # STF networks: six adjacencies G (N,M,K,V,V)
 
 # %% ../nbs/05_backbone.ipynb #56ac720c
@@ -899,7 +899,7 @@ class ThreeBlocks(nn.Module):
     def forward(self, x):
         return self.head(self.features(x).last)
 
-# %% ../nbs/05_backbone.ipynb #2f8b4e34
+# %% ../nbs/05_backbone.ipynb #b8a74e20
 class MSG3D(ThreeBlocks):
     """MS-G3D (Liu et al., CVPR 2020), the backbone of STF: (N,C,T,V,M) → (N,classes).
 
@@ -909,7 +909,7 @@ class MSG3D(ThreeBlocks):
 
     # constructor arguments beside the skeleton, kept as attributes: what a checkpoint must say to build the network again
     SIZES = ("num_classes", "in_channels", "num_bodies", "widths", "gcn_scales", "g3d_scales", "windows", "exact")
-    has_beta = False  # for L_Gk (notebook 08); STFNet has
+    has_beta = False  # what L_Gk needs (notebooks 08, 09b); STFNet has
 
     def __init__(
         self,

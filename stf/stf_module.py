@@ -129,7 +129,7 @@ def adjacency_statistics(
         rows.append({"module": i + 1, "ratio": float(ratio.mean()), "spread": float(spread)})
     return rows
 
-# %% ../nbs/06_stf_module.ipynb #4efde2d2
+# %% ../nbs/06_stf_module.ipynb #22d0f99f
 NETWORKS = {"msg3d": MSG3D, "stf": STFNet}  # by name; a new backbone enters itself here
 
 
@@ -148,7 +148,7 @@ def network_class(name) -> type:
         raise ValueError(f"network {name!r} is not known, only {', '.join(NETWORKS)}; import the module that enters it in NETWORKS first")
     return NETWORKS[name]
 
-# %% ../nbs/06_stf_module.ipynb #497f7ded
+# %% ../nbs/06_stf_module.ipynb #7976d5d0
 FORMAT = 1  # version of the checkpoint header
 
 
@@ -166,7 +166,7 @@ def save_network(
     save_file({k: v.contiguous().cpu() for k, v in net.state_dict().items()}, aside, {k: json.dumps(v) for k, v in header.items()})
     return aside.replace(folder / "weights.safetensors")
 
-# %% ../nbs/06_stf_module.ipynb #e83f6b46
+# %% ../nbs/06_stf_module.ipynb #9cb64cdd
 def read_header(folder) -> dict:
     "The header of a saved network, without loading its weights. Raises ValueError that names the file if it is none of ours."
     path = Path(folder) / "weights.safetensors"
@@ -181,7 +181,7 @@ def read_header(folder) -> dict:
         raise ValueError(f"{path}: header format {header.get('format')!r}, this version reads {FORMAT}")
     return header
 
-# %% ../nbs/06_stf_module.ipynb #9787c380
+# %% ../nbs/06_stf_module.ipynb #044477f5
 def load_network(
     folder,  # holds weights.safetensors
     device="cpu",
