@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from .focus import grad_cam, module_focus, resample_focus
 
-# %% ../nbs/08_losses.ipynb #79d2b904
+# %% ../nbs/08_losses.ipynb #8cd2381b
 PAPER_SHAPE = 75 * 25  # entries of the paper's focus: T/4 = 75 frames, 25 joints
 
 
@@ -36,7 +36,7 @@ def map_distance(
         return length / (entries * present.sum(1).clamp(min=1)).sqrt()
     raise ValueError(f'norm must be "frobenius" or "rms", got {norm!r}')
 
-# %% ../nbs/08_losses.ipynb #7bf5c74a
+# %% ../nbs/08_losses.ipynb #37f87123
 def adjacency_loss(
     betas: list,  # β(X^l) of each module, (N,M,T_l,V) in 0..1
     q: torch.Tensor,  # (N,M,T',V) focus of the predicted class: a target
@@ -48,7 +48,7 @@ def adjacency_loss(
     losses = [map_distance(beta.to(q.dtype), resample_focus(q, beta.shape[2]), present, norm) for beta in betas]
     return torch.stack(losses).mean()
 
-# %% ../nbs/08_losses.ipynb #f4d21be2
+# %% ../nbs/08_losses.ipynb #4c713c35
 def mask_input(
     x: torch.Tensor,  # (N,C,T,V,M)
     q: torch.Tensor,  # (N,M,T',V) in 0..1
@@ -71,27 +71,27 @@ def exploration_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return logits.softmax(1).gather(1, classes[:, None]).mean()
 
-# %% ../nbs/08_losses.ipynb #88695f6e
+# %% ../nbs/08_losses.ipynb #86bc908e
 def divergence_loss(
     q_i: torch.Tensor,  # (N,M,T',V) focus of the most likely class
     q_j: torch.Tensor,  # (N,M,T',V) focus of the second
     present: torch.Tensor = None,  # (N,M) bool
     norm: str = "frobenius",
 ) -> torch.Tensor:  # scalar ≤ 0
-    "L_d: minus the distance of the top two classes' foci (Eq. 4). Gradient reaches last features and head, never the class indices."
+    "L_d: minus the distance of the top two classes' foci (Eq. 4). Gradient enters at last features and head, never the class indices."
     return -map_distance(q_i, q_j, present, norm).mean()
 
-# %% ../nbs/08_losses.ipynb #7cb3823a
+# %% ../nbs/08_losses.ipynb #3ae55e47
 def coherence_loss(
     q_i: torch.Tensor,  # (N,M,T',V) focus of module i
     q_j: torch.Tensor,  # (N,M,T'',V) focus of module j; resampled to T' where it differs
     present: torch.Tensor = None,  # (N,M) bool
     norm: str = "frobenius",
 ) -> torch.Tensor:  # scalar ≥ 0
-    "L_c: distance of two modules' foci (Eq. 5). Gradient reaches the modules, the part above them and the head, never the class index."
+    "L_c: distance of two modules' foci (Eq. 5). Gradient enters at the modules, the part above them and the head, never the class index."
     return map_distance(q_i, resample_focus(q_j, q_i.shape[2]), present, norm).mean()
 
-# %% ../nbs/08_losses.ipynb #1fb4e740
+# %% ../nbs/08_losses.ipynb #7b879f78
 @dataclass(frozen=True)
 class LossWeights:
     "The paper's λ (Eq. 6); a weight of 0 leaves its term out, and its computation."
@@ -106,7 +106,7 @@ class LossWeights:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"the weight {name!r} must be a finite number ≥ 0, got {value!r}")
 
-# %% ../nbs/08_losses.ipynb #a0196385
+# %% ../nbs/08_losses.ipynb #8d377965
 def shuffle_focus(
     q: torch.Tensor,  # (N,M,T',V)
 ) -> torch.Tensor:  # (N,M,T',V)
@@ -124,7 +124,7 @@ def permute_focus(
     values = q.flatten(1).gather(1, (torch.rand(here.shape, device=q.device) + 2 * ~here).argsort(dim=1))
     return torch.zeros_like(values).scatter(1, places, values).view_as(q)
 
-# %% ../nbs/08_losses.ipynb #a53fb8c8
+# %% ../nbs/08_losses.ipynb #13cb1351
 _COHERENCE = {"pathways": ("sgcn3", "gcn3d3"), "blocks": ("block2", "block3")}
 
 
@@ -134,10 +134,10 @@ def _check_options(net, weights, coherence, control):
         raise ValueError(f"coherence must be one of {sorted(_COHERENCE)}, got {coherence!r}")
     if control not in ("", "shuffled", "random"):
         raise ValueError(f'control must be "", "shuffled" or "random", got {control!r}')
-    if weights.g and not hasattr(net, "stf"):
+    if weights.g and not getattr(net, "has_beta", False):
         raise ValueError("λ_g > 0 needs a network with STF modules (STFNet): this one has no β")
 
-# %% ../nbs/08_losses.ipynb #b882e25f
+# %% ../nbs/08_losses.ipynb #bced148c
 def masked_logits(
     net: nn.Module,  # speaks the protocol of stf.focus
     x: torch.Tensor,  # (N,C,T,V,M)
@@ -147,7 +147,7 @@ def masked_logits(
     "Logits of the input without what q points at: a second pass through the network, in running statistics."
     return net.head(net.features(mask_input(x, q, mask), running=True).last)
 
-# %% ../nbs/08_losses.ipynb #a4c6d7a3
+# %% ../nbs/08_losses.ipynb #516ab38f
 def tied_foci(
     net: nn.Module,  # speaks the protocol of stf.focus
     f,  # its Features of a batch
@@ -164,7 +164,7 @@ def tied_foci(
             foci.update(module_focus(net, f, classes, group, score, differentiable=True))
     return tuple(foci[name] for name in names)
 
-# %% ../nbs/08_losses.ipynb #73f9a7ba
+# %% ../nbs/08_losses.ipynb #ae1c9c4c
 class STFLoss(nn.Module):
     """The paper's objective (Eq. 6) for a network that speaks the protocol of `stf.focus`.
 
@@ -186,7 +186,7 @@ class STFLoss(nn.Module):
         super().__init__()
         _check_options(net, weights, coherence, control)
         self.net, self.weights, self.score, self.norm = net, weights, score, norm
-        self.names, self.guide = getattr(net, "coherence_modules", _COHERENCE)[coherence], guide
+        self.names, self.guide = getattr(net, "coherence_modules", _COHERENCE)[coherence], guide  # another backbone names its own (notebook 13)
         self.mask, self.control = mask, control
 
     def forward(self, x, y):
