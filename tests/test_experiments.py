@@ -15,7 +15,7 @@ import torch
 from stf import cli, experiments
 from stf.evaluate import Scores, average
 from stf.experiments import (CONTRASTS, CONTROLS, READINGS, ROWS, TABLE5, ablation, gains, load_records, make_records, paper_table,
-                             record_scores, row_config, row_jobs, table5, telling_clip, write_record)  # fmt: skip
+                             record_scores, row_config, row_jobs, summary, table5, telling_clip, write_record)  # fmt: skip
 from stf.train import Config, ConfigError, Run
 from test_train import TinyStore, tiny
 
@@ -343,3 +343,23 @@ def test_info(made, monkeypatch, capsys, what):
 def test_config_json_of_a_run_can_be_read_by_people(made):
     said = json.loads((made[0] / "run-seed0" / "config.json").read_text())
     assert said["version"] == 1 and said["name"] == "tiny"
+
+
+def readme_lines(table):
+    "The README's table of results, a line a row, as it must stand there."
+    lines = []
+    for row, r in table.iterrows():
+        signed = lambda key: f"{round(r[key], 1) + 0.0:+.1f}"  # no -0.0
+        gain = "" if pd.isna(r["gain"]) else f"{signed('gain')} ({signed('low')} to {signed('high')})"
+        lines.append(f"| {row} | {r['what']} | {r['seeds']:.0f} | {r['top-1']:.1f} ± {r['std']:.1f} | {gain} | {r['verdict'] if gain else ''} |")
+    return lines
+
+
+def test_every_result_in_the_readme_comes_from_records():
+    """Records that are made anew must not leave old numbers in the README."""
+    records = load_records(HERE.parent / "data" / "results", experiment="ablation", name="ucla-small")
+    wanted = readme_lines(summary([r for r in records if r["row"] in (*TABLE5, "CE", "CE+CE", "STF-CE")]))
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    part = text[text.index("<!-- results -->") : text.index("<!-- results end -->")]
+    found = [line for line in part.splitlines() if line.startswith("|")][2:]
+    assert found == wanted, "the README should say:\n" + "\n".join(wanted)
