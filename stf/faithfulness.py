@@ -218,15 +218,16 @@ def focus_measures(
         frames.append(pd.DataFrame({k: v.numpy() for k, v in of.items()}, index=[store.names[i] for i in some]))
     return pd.concat(frames).rename_axis("clip")
 
-# %% ../nbs/11d_faithfulness.ipynb #fcce6338
+# %% ../nbs/11d_faithfulness.ipynb #8482cd85
 def focus_means(
     r: Run,  # a finished run
     store: ClipStore,
+    curves: bool = False,  # its deletion and insertion curves as well: 132 forward passes a clip
 ) -> tuple:  # (name → mean over the test clips, or None; number of test clips)
-    "What one network focuses on: `focus_measures`, and how far its focus is ahead in each curve of `faithfulness`."
+    "What one network focuses on: `focus_measures`, and how far its focus is ahead in each curve of `faithfulness`, if asked."
     c, net, test = r.config, r.network(), splits(store, r.config)[2]
     means = focus_measures(net, store, test, c).mean().to_dict()
-    for fill in FILLS:
+    for fill in FILLS if curves else ():
         for (kind, other), line in areas(faithfulness(net, store, test, c, fill)).iterrows():
             means[f"{kind}, {fill}: ahead of {other}"] = line["ahead"]
     return {k: None if np.isnan(v) else float(v) for k, v in means.items()}, len(test)
@@ -234,11 +235,12 @@ def focus_means(
 
 def focus_records(
     config: Config,  # of the baseline, as for ablation
-    rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M4", "Le"),  # trained rows of ROWS; those that have not finished are left out
+    rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M4", "Le"),  # trained rows of ROWS; those that have not finished are left out
     seeds=(0,),
     results="data/results",  # where records are kept
     store=None,  # an open ClipStore; None: the one in config.data
     progress: bool = True,  # show a bar
+    curves=(),  # rows whose deletion and insertion curves are measured too (minutes a network, not seconds)
 ) -> list:  # of records
     "What the networks of finished runs focus on, over all test clips: one record a row and seed, with the means. Resumable."
     plan = [(row, seed, row_config(config, row, seed)) for seed in seeds for row in ROWS if row in rows]
@@ -247,7 +249,7 @@ def focus_records(
         path = record_path(results, "focus", config.name, row, seed)
         if not path.exists() and (c.run_folder / "run.json").exists():
             store = store or ClipStore(config.data)
-            means, clips = focus_means(Run.load(c.run_folder), store)
+            means, clips = focus_means(Run.load(c.run_folder), store, row in curves)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": 1, "experiment": "focus", "row": row, "name": config.name, "dataset": Path(c.data).name, "protocol": c.protocol,
                               "stream": c.stream, "seed": seed, "test_clips": clips, "top1": 100 * means["correct"], "measures": means,
