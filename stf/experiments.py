@@ -68,13 +68,12 @@ ROWS = {
 }
 TABLE5 = tuple(ROWS)
 
-# %% ../nbs/11_experiments.ipynb #72177731
+# %% ../nbs/11_experiments.ipynb #44d4b94a
 ROWS.update({
     "CE": Row("the baseline trained on as long, cross-entropy alone", "", baseline=True, tail="-ce"),
     "CE2": Row("CE once more, the clips in another order", "", baseline=True, changes={"order": 1}, tail="-ce2"),
     "CE+CE": Row("an ensemble without STF: CE and CE2 averaged", average=("CE", "CE2")),
     "STF-CE": Row("STF network with cross-entropy alone", "", tail="-stf-ce"),
-    "Lc": Row("L_c alone (the same training as M2)", "c"),
     "Ld": Row("L_d alone", "d"),
     "Lg": Row("L_Gk alone", "g"),
     "Lg-shuffled": Row("L_Gk with another clip's focus", "g", changes={"control": "shuffled"}, tail="-stf-g-shuffled"),
@@ -398,11 +397,12 @@ def table5(
         table = table.join(pd.DataFrame(ours).add_prefix(f"{name} "))
     return table
 
-# %% ../nbs/11_experiments.ipynb #dce9518c
+# %% ../nbs/11_experiments.ipynb #eeb2cd1d
 CONTRASTS = {  # question: (row, what it is compared with)
     "does L_c help?": ("M2", "M1"),
     "L_d and L_c?": ("M3", "M1"),
     "L_d, L_c and L_Gk?": ("M4", "M1"),
+    "L_d, given L_c?": ("M3", "M2"),
     "L_e?": ("Le", "M1"),
     "STF, the paper's claim?": ("M5", "M1"),
     "training on, without STF?": ("CE", "M1"),
@@ -412,7 +412,7 @@ CONTRASTS = {  # question: (row, what it is compared with)
     "STF against as many networks without it?": ("M5", "CE+CE"),
     "the losses of M4, given G_k?": ("M4", "STF-CE"),
     "L_e, given G_k?": ("Le", "STF-CE"),
-    "L_c alone, given G_k?": ("Lc", "STF-CE"),
+    "L_c alone, given G_k?": ("M2", "STF-CE"),
     "L_d alone, given G_k?": ("Ld", "STF-CE"),
     "L_Gk alone, given G_k?": ("Lg", "STF-CE"),
     "L_Gk: is it this clip's focus?": ("Lg", "Lg-shuffled"),
