@@ -271,7 +271,7 @@ def focus_table(
     table.insert(0, "seeds", frame.groupby("row")["seed"].nunique())
     return table.reindex([row for row in ROWS if row in table.index])
 
-# %% ../nbs/11d_faithfulness.ipynb #c2c3e44a
+# %% ../nbs/11d_faithfulness.ipynb #7c99ebb4
 def turned(
     ours: Scores,
     baseline: Scores,
