@@ -482,3 +482,7 @@ def main():
     except KeyboardInterrupt as e:
         print(f"\nstf: {e or 'stopped'}", file=sys.stderr)
         raise SystemExit(130) from None
+
+# %% ../nbs/15_cli.ipynb #1e023436
+if __name__ == "__main__" and __package__:
+    main()
