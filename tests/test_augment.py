@@ -1,4 +1,4 @@
-"Augmentation, time and preprocessed clips: what notebooks 03a and 03b can't show: random clips, both presets, both kinds of bodies."
+"Augmentation, time and preprocessed clips: what notebooks 12b and 13 can't show: random clips, both presets, both kinds of bodies."
 
 import pickle
 from dataclasses import fields

@@ -1,4 +1,4 @@
-"""What notebooks 01b and 02 can't teach: damaged, hostile and real files."""
+"""What notebooks 09b and 11 can't teach: damaged, hostile and real files."""
 import gzip
 import io
 import json

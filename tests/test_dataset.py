@@ -1,4 +1,4 @@
-"Stores and batches: what the notebooks 03b and 04 can't show: real files, damage, kills, random clips against the naive words."
+"Stores and batches: what the notebooks 13 and 14 can't show: real files, damage, kills, random clips against the naive words."
 
 import gc
 import json

@@ -315,7 +315,7 @@ def public():
     import stf.backbone
 
     space = dict(vars(stf.backbone), math=math)
-    for cell in nbformat.read(Path(__file__).parent.parent / "nbs" / "05_backbone.ipynb", 4).cells:
+    for cell in nbformat.read(Path(__file__).parent.parent / "nbs" / "01_backbone.ipynb", 4).cells:
         if cell.cell_type == "code" and cell.source.startswith(tuple(f"def public_{part}(" for part in ("gcn", "g3d", "bn", "tcn", "order"))):
             exec(cell.source.split("\n\n\nfor ")[0], space)
     return space["public_order"]
