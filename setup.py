@@ -19,7 +19,7 @@ setup(
     license="Apache-2.0",
     keywords=cfg["keywords"],
     packages=find_packages(include=["stf", "stf.*"]),
-    package_data={"stf": ["*.json", "*.txt", "*.mplstyle"]},
+    package_data={"stf": ["*.json", "*.txt", "*.mplstyle", "*.npz"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name.removesuffix("_requirements"): cfg[name].split() for name in cfg if name.endswith("_requirements")},

@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 from tyro.conf import Positional
 
 from .augment import TIMES, choose_frames
-from .backbone import fold_batch_norm
+from .backbone import fuse
 from .batches import BODY_RULES, PRESETS, STREAMS, PackedClips, gather_rows, in_channels, make_batch, pack_clips
 from .clips import Clip, ClipError, open_clips
 from .focus import grad_cam, resample_focus
 from .plot import animate, draw_strip, save_animation
 from .skeleton import SKELETONS, Skeleton
-from .stf_module import load_network
+from .checkpoints import load_network
 from .train import ConfigError, find_checkpoint
 
 # %% ../nbs/40_predict.ipynb #be261d7f
@@ -392,7 +392,7 @@ class Predictor:
             raise CheckpointError("name at least one checkpoint")
         opened = [open_network(c, self.device) for c in many]
         _agree(opened)
-        self.networks = [replace(n, net=fold_batch_norm(n.net)) for n in opened]  # to be asked, not to be trained or saved
+        self.networks = [replace(n, net=fuse(n.net)) for n in opened]  # to be asked, not to be trained or saved
         self.classes, self.skeleton = opened[0].classes, opened[0].skeleton
 
     def check(

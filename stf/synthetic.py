@@ -7,11 +7,14 @@ __all__ = ['FRAME_RATE', 'SEGMENTS', 'ANKLE_HEIGHT', 'REST', 'ACTIONS', 'JITTER'
            'DEPTH_CAMERA', 'COLOUR_CAMERA', 'minimum_jerk', 'key_weights', 'bend_limb', 'Person', 'make_person',
            'Reach', 'Script', 'walk', 'Actor', 'plant_feet', 'bend_trunk', 'centre_of_mass', 'balance', 'bend_arms',
            'act', 'Action', 'subject_person', 'perform', 'Camera', 'room_camera', 'Observation', 'observe',
-           'format_ntu', 'SyntheticConfig', 'record', 'write_synthetic']
+           'format_ntu', 'SyntheticConfig', 'record', 'write_synthetic', 'Examples', 'example_clips']
 
 # %% ../nbs/12_synthetic.ipynb #44847758
+import math
 from dataclasses import dataclass, replace
+from importlib.resources import files as package_files
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -1107,3 +1110,24 @@ def write_synthetic(
         aside.replace(path)
         paths.append(path)
     return sorted(paths)
+
+# %% ../nbs/12_synthetic.ipynb #94d72df6
+class Examples(NamedTuple):
+    "Small set of synthetic clips, prepared for a network, with the joints that carry each action."
+
+    x: np.ndarray  # (N,4,T,V,M) float32: x, y, z in body heights from the main body's centre; visibility
+    y: np.ndarray  # (N,) int64 class
+    joints: np.ndarray  # (N,M,V) bool: joints of the limbs that carry the action
+    train: np.ndarray  # (N,) bool: clips of the training people; the others test
+    classes: tuple  # class names
+
+
+def example_clips() -> Examples:
+    "The 144 example clips that come with the package: 6 actions × 12 people × 2, T = 32."
+    with (package_files("stf") / "examples.npz").open("rb") as f, np.load(f) as stored:
+        steps, visible, shape = stored["steps"], stored["visible"], tuple(stored["shape"])
+        x = np.empty((shape[0], 4, *shape[1:]), np.float32)
+        x[:, :3] = np.cumsum(steps, axis=2, dtype=np.int16) / 160  # differences along time
+        x[:, 3] = np.unpackbits(visible, count=math.prod(shape)).reshape(shape)
+        labels, joints, train = stored["labels"], stored["joints"], stored["train"]
+        return Examples(x, labels.astype(np.int64), joints, train, tuple(stored["classes"].tolist()))

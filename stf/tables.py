@@ -29,7 +29,7 @@ def properties(
     "Which of Table 1's properties a training's network and losses have, found by looking at a small network of that kind."
     skeleton = SKELETONS["kinect20"]
     cls = NETWORKS[config.model]
-    small = {k: v for k, v in {"widths": (6, 6, 6), "gcn_scales": 4, "g3d_scales": 4, "windows": (3,)}.items() if k in cls.SIZES}
+    small = {k: v for k, v in {"widths": (6, 6, 6), "gcn_scales": 4, "g3d_scales": 4, "windows": (3,)}.items() if k in cls.hparams}
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = cls(num_classes=2, skeleton=skeleton, in_channels=3, num_bodies=1, **small).eval()
@@ -301,7 +301,7 @@ def operations(
     rows = {}
     for title, row in (("MS-G3D", "M1"), ("STF", "M4")):
         cls = NETWORKS[row_config(config, row, 0).model]
-        sizes = {k: getattr(config, k) for k in cls.SIZES if hasattr(config, k)}
+        sizes = {k: getattr(config, k) for k in cls.hparams if hasattr(config, k)}
         net = cls(**{**sizes, "num_classes": num_classes, "skeleton": skeleton, "in_channels": channels}).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             net(torch.randn(1, channels, config.length, skeleton.num_joints, config.num_bodies))

@@ -11,7 +11,8 @@ from stf.dataset import ClipStore
 from stf.explorer import Board, Scene, Shelf, explore, look_at, name_links, turn_view, view_window
 from stf.predict import Predictor, shipped_checkpoints
 from stf.skeleton import SKELETONS
-from stf.stf_module import STFNet, save_network
+from stf.checkpoints import save_network
+from stf.stf_module import STFNet
 from stf.synthetic import SyntheticConfig, write_synthetic
 
 

@@ -14,7 +14,8 @@ from stf.clips import Clip, ClipError, read_ntu
 from stf.export import Exported, export_onnx, onnx_difference, traced_cells
 from stf.runtime import OnnxNetwork, prepare_clip
 from stf.skeleton import SKELETONS
-from stf.stf_module import STFNet, load_network, save_network, time_cells
+from stf.checkpoints import load_network, save_network
+from stf.stf_module import STFNet, time_cells
 from stf.synthetic import SyntheticConfig, write_synthetic
 
 ROOT = Path(__file__).resolve().parent.parent

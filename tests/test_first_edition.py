@@ -22,7 +22,7 @@ from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.predict import predict_all
 from stf.skeleton import SKELETONS
-from stf.stf_module import load_network
+from stf.checkpoints import load_network
 from stf.train import Config, presets
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,5 @@
 """Backbone, STF modules, focus and losses: against the published network, other graphs and sizes, and each other."""
+import copy
 import json
 import math
 import os
@@ -10,11 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stf.backbone import MSG3D, load_msg3d
+from stf.backbone import MSG3D, frozen_norms, fuse, load_msg3d, use_checkpointing
 from stf.focus import grad_cam, margin, min_max, module_focus
 from stf.losses import LossWeights, STFLoss, map_distance, mask_input
 from stf.skeleton import SKELETONS, Skeleton
-from stf.stf_module import STFNet, adjacency_statistics, load_network, save_network
+from stf.checkpoints import load_network, save_network
+from stf.stf_module import STFNet, adjacency_statistics
 
 REFERENCE = Path(os.environ.get("STF_REFERENCE", Path(__file__).resolve().parent.parent.parent / "shared" / "reference"))
 SMALL = dict(widths=(12, 24, 48), gcn_scales=4, g3d_scales=3)
@@ -123,11 +125,9 @@ def test_wrong_checkpoints_are_named(wrong, message):
 
 
 def test_state_dict_round_trip_and_copies(net):
-    import copy
-
     twin = copy.deepcopy(net)
     with torch.no_grad():
-        twin.tcn2.reduce.weight.add_(1)  # a copy's hooks must speak of the copy
+        twin.tcn2.branches[0][0].weight.add_(1)
     assert not torch.equal(net.state_dict()["tcn2.branches.0.0.weight"], twin.state_dict()["tcn2.branches.0.0.weight"])
     twin.load_state_dict(net.state_dict())
     assert torch.equal(twin.eval()(clips()), net.eval()(clips()))
@@ -182,14 +182,15 @@ def test_focus_is_the_probabilitys_gradient(gap):
 def test_focus_when_the_probability_rounds_to_one(net):
     net = net.eval()
     f = net.features(clips())
-    near = grad_cam(f, net.head, torch.zeros(4, dtype=torch.long))
+    near, inside = grad_cam(f, net.head, torch.zeros(4, dtype=torch.long)), module_focus(net, f, torch.zeros(4, dtype=torch.long))
     with torch.no_grad():
         net.fc.bias[0] += 50
     assert (net.head(f.last).softmax(1)[:, 0] == 1).all()
     far = grad_cam(f, net.head, torch.zeros(4, dtype=torch.long))
     assert far.isfinite().all() and (far - near).abs().max() < 1e-3
-    inside = module_focus(net, f, torch.zeros(4, dtype=torch.long))
-    assert all(q.isfinite().all() and q.amax((1, 2, 3)).min() == 1 for q in inside.values())
+    confident = module_focus(net, f, torch.zeros(4, dtype=torch.long))
+    assert all(q.isfinite().all() and (q - inside[name]).abs().max() < 1e-3 for name, q in confident.items())
+    assert max(q.max() for q in confident.values()) == 1
 
 
 def test_absent_body_changes_no_focus(net):
@@ -205,7 +206,7 @@ def test_modules_focus_is_the_clips_own(net):
     net = net.double().train()
     f = net.features(clips(5, dtype=torch.float64))
     whole = module_focus(net, f, torch.arange(5))
-    part = f._replace(modules={k: h[1:3] for k, h in f.modules.items()}, present=f.present[1:3])
+    part = f._replace(maps={k: h[1:3] for k, h in f.maps.items()}, present=f.present[1:3])
     for name, q in module_focus(net, part, torch.arange(1, 3)).items():
         assert (q - whole[name][1:3]).abs().max() < 1e-12
 
@@ -242,7 +243,7 @@ def test_guide_detaches_the_higher_module(net):
     for guide in (False, True):
         net.zero_grad()
         STFLoss(net.eval(), LossWeights(0, 0, 1, 0), guide=guide)(x, y)["c"].backward()
-        grads.append(net.tcn3.reduce.weight.grad.clone())
+        grads.append(net.tcn3.branches[0][0].weight.grad.clone())
     assert not torch.allclose(*grads)
 
 
@@ -266,14 +267,33 @@ def test_constant_mask_reaches_the_logits():
     net = MSG3D(5, NTU, num_bodies=1, **SMALL).double()
     x = clips(8, 3, 16, M=1, dtype=torch.float64)
     q = torch.rand(25, dtype=torch.float64).expand(8, 1, 4, 25)
-    moved = net.head(net.features(mask_input(x, q), running=True).last) - net.head(net.features(x, running=True).last)
+    with frozen_norms(net):
+        moved = net(mask_input(x, q)) - net(x)
     assert moved.abs().max() > 1e-3
 
 
-def test_running_pass_moves_no_statistics(net):
-    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k}
-    net.train().features(clips(), running=True)
-    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items())
+def test_frozen_norms_move_no_statistics_and_let_gradients_through(net):
+    before = {k: v.clone() for k, v in net.state_dict().items() if "running" in k or "batches" in k}
+    with frozen_norms(net.train()):
+        out = net(clips())
+    assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items()) and all(m.training for m in net.modules())
+    assert torch.allclose(out, net.eval()(clips()), atol=1e-5)
+    out.sum().backward()
+    assert net.data_bn.weight.grad.abs().sum() > 0
+
+
+def test_an_error_under_frozen_norms_leaves_training_mode(net):
+    net.train()
+    with pytest.raises(RuntimeError), frozen_norms(net):
+        raise RuntimeError
+    assert all(m.training for m in net.modules())
+
+
+def test_prediction_before_training_in_the_same_process(net):
+    "A constant that was made in inference mode may not be found again in training."
+    with torch.inference_mode():
+        net.eval()(clips(T=23))
+    net.train()(clips(T=23)).sum().backward()
 
 
 def test_hidden_joint_keeps_a_trained_network_bounded():
@@ -305,48 +325,41 @@ def test_bf16_autocast_gives_finite_float32_focus(net):
     assert all(torch.isfinite(p.grad).all() for p in net.parameters() if p.grad is not None)
 
 
-# ---- the quick ways: the same function, the same gradients ----
+# ---- the same function and gradients as in the public order, by checkpointing, fused, compiled ----
 
 @pytest.fixture(scope="module")
 def public():
-    "The notebook's naive version, in the public code's order of operations."
+    "The yardstick of the speed notebook: the public code's order of operations."
     import nbformat
 
     import stf.backbone
 
     space = dict(vars(stf.backbone), math=math)
-    for cell in nbformat.read(Path(__file__).parent.parent / "nbs" / "01_backbone.ipynb", 4).cells:
-        if cell.cell_type == "code" and cell.source.startswith(tuple(f"def public_{part}(" for part in ("gcn", "g3d", "bn", "tcn", "order"))):
-            exec(cell.source.split("\n\n\nfor ")[0], space)
+    for cell in nbformat.read(Path(__file__).parent.parent / "nbs" / "53_speed.ipynb", 4).cells:
+        if cell.cell_type == "code" and cell.source.startswith("def public_") and "public_cells" not in cell.source:
+            exec(cell.source, space)
     return space["public_order"]
 
 
 def public_gradients(public, net, x, y, **sizes):
-    "Loss and gradients of the public order, those of branches joined as our network holds them."
+    "Loss and gradients of the public order, by name."
     state = {k: v.clone() for k, v in net.state_dict().items()}
     leaves = {k: v.requires_grad_(v.is_floating_point() and "running" not in k) for k, v in state.items()}
     loss = F.cross_entropy(public(leaves, x, net.skeleton.adjacency(), training=net.training, **sizes), y)
     loss.backward()
-    twin = type(net)(net.num_classes, net.skeleton, net.in_channels, net.num_bodies, net.widths, net.gcn_scales, net.g3d_scales, net.windows)
-    twin.double().load_state_dict({k: v.grad if v.grad is not None else torch.zeros_like(v) for k, v in leaves.items()})
-    return loss.detach(), dict(twin.named_parameters())
+    return loss.detach(), {k: v.grad for k, v in leaves.items() if v.requires_grad}
 
 
 DOG = Skeleton("dog", ("nose", "neck", "hip", "tail"), ((0, 1), (2, 1), (3, 2)), centre=1, height=(0, 1, 2))
 
 
-@pytest.mark.parametrize("way", ["quick", "tiny pieces", "as on a GPU", "formulas"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("skeleton, T, M", [(DOG, 1, 1), (DOG, 2, 3), (DOG, 7, 2), (SKELETONS["openpose18"], 7, 1), (NTU, 13, 2)], ids=lambda a: getattr(a, "name", a))
-def test_gradients_of_the_public_order(public, monkeypatch, way, skeleton, T, M):
-    "All parameters, float64: a wrong tap, a lost edge of time, a mask that outlives its piece."
-    import stf.backbone as backbone
-
-    monkeypatch.setattr(backbone, "PIECE", 500 if way == "tiny pieces" else backbone.PIECE)
-    monkeypatch.setattr(backbone, "_quick", lambda x: way != "as on a GPU")
-    monkeypatch.setitem(backbone._SETTINGS, "formulas", way == "formulas")
+def test_gradients_of_the_public_order(public, checkpointing, skeleton, T, M):
+    "All parameters, float64: a wrong tap, a lost edge of time, a wrong part of the batch."
     torch.manual_seed(0)
     sizes = dict(windows=(3, 5), gcn_scales=4, g3d_scales=3)
-    net = MSG3D(3, skeleton, 3, M, (12, 24, 48), **sizes).double().train()
+    net = use_checkpointing(MSG3D(3, skeleton, 3, M, (12, 24, 48), **sizes).double().train(), checkpointing)
     with torch.no_grad():
         for name, p in net.named_parameters():
             p.add_(torch.randn_like(p), alpha=0.1 if "A_res" in name else 0.02)
@@ -360,73 +373,88 @@ def test_gradients_of_the_public_order(public, monkeypatch, way, skeleton, T, M)
     assert abs(ours - loss) < 1e-9
     scale = max(g.abs().max() for g in wanted.values())
     for name, p in net.named_parameters():
-        torch.testing.assert_close(p.grad, wanted[name].data, rtol=1e-7, atol=1e-9 * float(scale.detach()), msg=lambda m: f"{name}: {m}")
-
-
-def test_running_statistics_move_once(net, monkeypatch):
-    "A layer that runs a second time in the backward pass must not count a batch twice."
-    monkeypatch.setattr("stf.backbone.PIECE", 500)
-    net.double().train()
-    x = clips(dtype=torch.float64)
-    with torch.no_grad():
-        import copy
-
-        twin = copy.deepcopy(net)
-        twin(x)
-    F.cross_entropy(net(x), torch.arange(4)).backward()
-    for (name, a), b in zip(net.named_buffers(), twin.buffers()):
-        torch.testing.assert_close(a, b, msg=lambda m: f"{name}: {m}")
-
-
-def test_maps_survive_the_backward_pass(net, monkeypatch):
-    "In-place steps may not touch what a focus reads afterwards."
-    monkeypatch.setattr("stf.backbone.PIECE", 500)
-    f = net.double().train().features(clips(dtype=torch.float64))
-    before = {k: v.detach().clone() for k, v in f.modules.items()}
-    F.cross_entropy(net.head(f.last), torch.arange(4)).backward(retain_graph=True)
-    module_focus(net, f, torch.arange(4))
-    F.cross_entropy(net.head(f.last), torch.arange(4)).backward()
-    assert all(torch.equal(f.modules[k], v) for k, v in before.items())
+        torch.testing.assert_close(p.grad, wanted[name], rtol=1e-7, atol=1e-9 * float(scale.detach()), msg=lambda m: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_second_derivative_through_the_whole_network(net, training, monkeypatch):
-    "Functions hand over to their formulas: twice differentiated, quick and plain agree, with G and without running statistics."
-    from stf.backbone import formulas
+def test_checkpointing_changes_no_number(net, training):
+    "With a clip's own graph: every term of the objective, its gradients and the running statistics, which move once."
+    x, y, found = clips(5, dtype=torch.float64), torch.arange(5), []
+    for on in (False, True):
+        twin = use_checkpointing(copy.deepcopy(net).double().train(training), on)
+        terms = STFLoss(twin)(x, y)
+        terms["loss"].backward()
+        found.append([terms[k] for k in ("ce", "e", "d", "c", "g")] + [p.grad for p in twin.parameters()] + [b.double() for b in twin.buffers()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
-    monkeypatch.setattr("stf.backbone.PIECE", 500)
-    net.double().train(training)
-    x, y, seconds = clips(3, T=9, dtype=torch.float64), torch.arange(3), []
-    for plain in (False, True):
+
+def test_maps_survive_the_backward_pass(net):
+    "In-place steps may not touch what a focus reads afterwards."
+    f = net.double().train().features(clips(dtype=torch.float64))
+    before = {k: v.detach().clone() for k, v in f.maps.items()}
+    F.cross_entropy(net.head(f.last), torch.arange(4)).backward(retain_graph=True)
+    module_focus(net, f, torch.arange(4))
+    F.cross_entropy(net.head(f.last), torch.arange(4)).backward()
+    assert all(torch.equal(f.maps[k], v) for k, v in before.items())
+
+
+def squared_gradient(f, x, y):
+    "Squared norm of the input's gradient: to differentiate it is to differentiate f twice."
+    x = x.clone().requires_grad_()
+    g, = torch.autograd.grad(F.cross_entropy(f(x), y), x, create_graph=True)
+    return g.square().sum()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+def test_second_derivative_is_that_of_the_public_order(public, training, checkpointing):
+    torch.manual_seed(0)
+    sizes = dict(windows=(3, 5), gcn_scales=4, g3d_scales=3)
+    net = use_checkpointing(MSG3D(3, DOG, 3, 2, (12, 24, 48), **sizes).double().train(training), checkpointing)
+    for m in net.modules():
+        if hasattr(m, "A"):
+            m.A.copy_(m.A.float())
+    x, y, state = clips(3, 3, 9, 4, dtype=torch.float64), torch.arange(3), {k: v.clone() for k, v in net.state_dict().items()}
+    leaves = {k: v.requires_grad_(v.is_floating_point() and "running" not in k) for k, v in state.items()}
+    squared_gradient(lambda x: public(leaves, x, DOG.adjacency(), training=training, **sizes), x, y).backward()
+    squared_gradient(net, x, y).backward()
+    scale = max(float(v.grad.abs().max()) for v in leaves.values() if v.grad is not None)
+    for name, p in net.named_parameters():
+        wanted = leaves[name].grad if leaves[name].grad is not None else torch.zeros_like(p)
+        found = p.grad if p.grad is not None else torch.zeros_like(p)
+        torch.testing.assert_close(found, wanted, rtol=1e-7, atol=1e-9 * scale, msg=lambda m: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_second_derivative_with_a_clips_own_graph(net, checkpointing):
+    "Against finite differences, in evaluation mode (where few ReLUs open in so short a step)."
+    net = use_checkpointing(net.double().eval(), checkpointing)
+    x, y = clips(3, T=9, dtype=torch.float64), torch.arange(3)
+    for name in ("sgcn1.0.A_res", "gcn3d2.gcn3d.0.gcn3d.1.mlp.layers.0.weight", "tcn3.branches.2.3.conv.weight", "stf.2.alpha.mix_time.weight"):
         net.zero_grad()
-        x_ = x.clone().requires_grad_()
-        with formulas() if plain else torch.enable_grad():
-            loss = F.cross_entropy(net(x_), y)
-            g, = torch.autograd.grad(loss, x_, create_graph=True)
-            g.square().sum().backward()
-        seconds.append({n: p.grad.clone() for n, p in net.named_parameters() if p.grad is not None})
-    assert seconds[0].keys() == seconds[1].keys()
-    for name in seconds[0]:
-        torch.testing.assert_close(seconds[0][name], seconds[1][name], rtol=1e-6, atol=1e-10, msg=lambda m: f"{name}: {m}")
+        squared_gradient(net, x, y).backward()
+        p = net.get_parameter(name)
+        direction = torch.randn(p.shape, dtype=p.dtype, generator=torch.Generator().manual_seed(0))
+        expected, step, values = (p.grad * direction).sum().item(), 1e-7, []
+        for sign in (1, -1):
+            with torch.no_grad():
+                p.add_(sign * step * direction)
+            values.append(squared_gradient(net, x, y).item())
+            with torch.no_grad():
+                p.sub_(sign * step * direction)
+        assert abs((values[0] - values[1]) / (2 * step) - expected) < 1e-3 * max(abs(expected), 1e-6), name
 
 
-def test_frozen_parts(net, monkeypatch):
-    "Only the last layer trains: no Function may ask for gradients that nobody has."
-    monkeypatch.setattr("stf.backbone.PIECE", 500)
+def test_only_the_last_layer_trains(net):
     for name, p in net.named_parameters():
         p.requires_grad_(name.startswith("fc."))
-    F.cross_entropy(net(clips()), torch.arange(4)).backward()
+    F.cross_entropy(use_checkpointing(net)(clips()), torch.arange(4)).backward()
     assert net.fc.weight.grad.abs().sum() > 0
-    for name, p in net.named_parameters():
-        p.requires_grad_("A_res" in name or name.startswith("fc."))
-    F.cross_entropy(net(clips()), torch.arange(4)).backward()
-    assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-def test_folded_network_is_the_same(net, dtype, tolerance):
-    from stf.backbone import fold_batch_norm
-
+def test_fused_network_is_the_same(net, dtype, tolerance):
     net, x = net.to(dtype).train(), clips(dtype=dtype)
     with torch.no_grad():
         for _ in range(3):
@@ -434,10 +462,10 @@ def test_folded_network_is_the_same(net, dtype, tolerance):
             for p in net.parameters():
                 p.add_(torch.randn_like(p), alpha=0.02)
         before = net.eval()(x)
-        folded = fold_batch_norm(net)
-        assert (folded(x) - before).abs().max() < tolerance * max(1, float(before.abs().max()))
+        fused = fuse(net)
+        assert (fused(x) - before).abs().max() < tolerance * max(1, float(before.abs().max()))
         assert torch.equal(net(x), before)  # the original is as it was
-    focus, again = (module_focus(n, n.features(x), torch.arange(4)) for n in (folded, net))
+    focus, again = (module_focus(n, n.features(x), torch.arange(4)) for n in (fused, net))
     assert all((focus[k] - again[k]).abs().max() < 1e3 * tolerance for k in focus)
 
 
@@ -458,7 +486,7 @@ def test_bf16_autocast_is_close(net):
     net.zero_grad()
     F.cross_entropy(net(x), torch.arange(4)).backward()
     fine = torch.cat([p.grad.flatten() for n, p in net.named_parameters() if not n.startswith("stf.")])
-    assert F.cosine_similarity(rough, fine, dim=0) > 0.97
+    assert F.cosine_similarity(rough, fine, dim=0) > 0.95  # six seeds on one processor: 0.956 to 0.972
 
 
 def needs_a_cpp_compiler():
@@ -467,8 +495,9 @@ def needs_a_cpp_compiler():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("backend, dtype, T", [("aot_eager", torch.float64, 9), ("inductor", torch.float32, 16)])
-def test_compiled_gradient_of_each_term(backend, dtype, T):
+def test_compiled_gradient_of_each_term(backend, dtype, T, checkpointing):
     """torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's.
 
     The whole STFNet, by the part of the compiler that traces gradients, and by its own machine code.
@@ -480,6 +509,7 @@ def test_compiled_gradient_of_each_term(backend, dtype, T):
     net = STFNet(3, DOG, 4, 1, (6, 12, 24), gcn_scales=3, g3d_scales=2, windows=(3,)).to(dtype).train()
     for module in net.stf:
         torch.nn.init.normal_(module.alpha.mix_time.weight, std=0.3)
+    use_checkpointing(net, checkpointing)
     x, y, eager, gradients = clips(4, T=T, V=4, M=1, dtype=dtype), torch.arange(4) % 3, net.features, {}
     start = {k: v.clone() for k, v in net.state_dict().items()}
     for way, features in (("eager", eager), ("compiled", torch.compile(eager, backend=backend, dynamic=False))):

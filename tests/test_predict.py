@@ -20,7 +20,8 @@ from stf.focus import module_focus
 from stf.predict import (CheckpointError, MismatchError, Prediction, Predictor, Stream, open_network, place_focus, predict,
                          predict_all, predict_command, text_bar, trace_rows)
 from stf.skeleton import SKELETONS, Skeleton
-from stf.stf_module import NETWORKS, STFNet, save_network
+from stf.checkpoints import save_network
+from stf.stf_module import NETWORKS, STFNet
 from stf.stgcn import STGCN
 from stf.synthetic import SyntheticConfig, write_synthetic
 
@@ -178,7 +179,7 @@ def test_answers_do_not_depend_on_batch_size(nets, raw):
 class Plain(torch.nn.Module):
     "A backbone of one's own, which knows nothing of folding."
 
-    SIZES = ("num_classes", "in_channels", "num_bodies")
+    hparams = ("num_classes", "in_channels", "num_bodies")
 
     def __init__(self, num_classes, skeleton, in_channels=4, num_bodies=2):
         super().__init__()

@@ -241,7 +241,7 @@ def test_a_network_of_ones_own_is_trained_saved_and_resumed(tmp_path):
     "Entered in NETWORKS, nothing else."
 
     class Own(STFNet):
-        SIZES = (*STFNet.SIZES,)
+        hparams = (*STFNet.hparams,)
 
     NETWORKS["own"] = Own
     try:

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 from stf.clips import ClipError, open_clips, read_ntu  # noqa: E402
 from stf.dataset import ClipStore  # noqa: E402
 from stf.plot import draw_strip  # noqa: E402
-from stf.stf_module import STFNet, load_network  # noqa: E402
+from stf.checkpoints import load_network  # noqa: E402
+from stf.stf_module import STFNet  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "weights"
 

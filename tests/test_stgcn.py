@@ -16,7 +16,8 @@ from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.predict import CheckpointError, predict
 from stf.skeleton import SKELETONS, Skeleton
-from stf.stf_module import NETWORKS, load_network, save_network
+from stf.checkpoints import load_network, save_network
+from stf.stf_module import NETWORKS
 from stf.stgcn import STGCN, normalise_partition, spatial_partition
 from stf.synthetic import SyntheticConfig, write_synthetic
 from stf.train import Config, ConfigError, Run, run
@@ -182,7 +183,7 @@ def test_odd_shapes(skeleton, T, bodies):
     f = net.features(x)
     half, quarter = -(-T // 2), -(-(-(-T // 2)) // 2)
     V = skeleton.num_joints
-    assert {k: tuple(m.shape) for k, m in f.modules.items()} == {
+    assert {k: tuple(m.shape) for k, m in f.maps.items()} == {
         "block1": (4, bodies, 4, T, V), "block2": (4, bodies, 6, half, V), "block3": (4, bodies, 8, quarter, V)}  # fmt: skip
     terms = STFLoss(net, LossWeights(g=0))(x, torch.arange(4))
     terms["loss"].backward()
@@ -197,8 +198,8 @@ def test_the_protocol_on_trained_statistics():
     before = {k: v.clone() for k, v in net.state_dict().items()}
     running = net.train().features(x, running=True)
     assert torch.equal(evaluated.last, running.last)  # no dropout, no batch statistics
-    for name in evaluated.modules:
-        assert (net.from_modules({name: evaluated.modules[name]}) - evaluated.last).abs().max() < 1e-12
+    for name in evaluated.maps:
+        assert (net.forward_from({name: evaluated.maps[name]}) - evaluated.last).abs().max() < 1e-12
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     assert evaluated.present.tolist() == [[True, False]] * 3 + [[True, True]] * 3
     classes = torch.arange(6) % 5
@@ -285,7 +286,7 @@ def test_round_trip_of_every_size(tmp_path):
     again, header = load_network(tmp_path)
     x = clips(2, net)
     assert type(again) is STGCN and torch.equal(again(x), net(x)) and header["model"] == "stgcn"
-    assert {k: getattr(again, k) for k in STGCN.SIZES} == {k: getattr(net, k) for k in STGCN.SIZES} and again.centre == 3
+    assert {k: getattr(again, k) for k in STGCN.hparams} == {k: getattr(net, k) for k in STGCN.hparams} and again.centre == 3
 
 
 def test_unknown_name_says_what_to_do(tmp_path, monkeypatch):
@@ -412,5 +413,5 @@ def test_input_of_another_shape(shape):
 @pytest.mark.parametrize("names", [("sgcn3", "gcn3d3"), ("block2", "block3"), ("block4",), ()])
 def test_maps_that_are_not_there(names):
     net = STGCN(5, HAND, 3, 1, **TINY)
-    with pytest.raises(ValueError, match="from_modules knows"):
-        net.from_modules({name: torch.zeros(1, 1, 8, 2, 4) for name in names})
+    with pytest.raises(ValueError, match="the maps must be"):
+        net.forward_from({name: torch.zeros(1, 1, 8, 2, 4) for name in names})
