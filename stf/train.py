@@ -49,6 +49,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from . import __version__
+from .backbone import use_checkpointing
 from .checkpoints import (batch_options, build_network, find_checkpoint, import_msg3d, is_head, load_checkpoint, make_header, publish,
                              room_for, save_checkpoint, start_from, write_json)  # fmt: skip
 from .config import CHOICES, Config, ConfigError, closest, learning_rate, preset, presets, second_stage
@@ -455,7 +456,7 @@ def begin(
 def begin_network(config, header, accelerator):
     "The network on its device, with its first weights."
     head = config.train_only == "head"
-    net = build_network(header)
+    net = use_checkpointing(build_network(header), config.checkpointing)
     if config.init:
         start_from(net, config.init, header, new_head=head)
     if head:
@@ -861,7 +862,7 @@ def _unlock(f):
         msvcrt.locking(f.fileno(), msvcrt.LK_UNLCK, 1)
 
 # %% ../nbs/22_train.ipynb #05ec033d
-FITTING = ("accumulate", "precision", "compile")  # may be changed on the way, to make it fit
+FITTING = ("accumulate", "precision", "checkpointing", "compile")  # may be changed on the way, to make it fit
 
 # %% ../nbs/22_train.ipynb #0d1bb5fb
 def same_config(a: Config, b: Config) -> list:

@@ -196,10 +196,14 @@ def test_numbers(name):
 @pytest.mark.parametrize("name", TEXTS)
 def test_texts(name):
     stored = json.loads((FIXTURES / f"{name}.json").read_text())
+    "What the first edition had is there; a preset or a command may have got something new."
     computed = TEXTS[name]()
     assert computed.keys() == stored.keys()
     for key, wanted in stored.items():
-        assert computed[key] == wanted, f"{name}: {key}"
+        if isinstance(wanted, dict):  # a preset's values
+            assert {k: v for k, v in computed[key].items() if k in stored[""]} == wanted, f"{name}: {key}"
+        else:
+            assert set(wanted) <= set(computed[key]), f"{name}: {key}"
 
 
 def write_inputs():

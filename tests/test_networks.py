@@ -495,8 +495,7 @@ def needs_a_cpp_compiler():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("backend, dtype, T", [("aot_eager", torch.float64, 9), ("inductor", torch.float32, 16)])
+@pytest.mark.parametrize("backend, dtype, T, checkpointing", [("aot_eager", torch.float64, 9, True), ("inductor", torch.float32, 16, False)])
 def test_compiled_gradient_of_each_term(backend, dtype, T, checkpointing):
     """torch.compile can't differentiate twice, and has lost such gradients silently: each term's must be there, and be eager's.
 
