@@ -18,7 +18,7 @@ from stf.dataset import ClipStore
 from stf.evaluate import average, predict_scores
 from stf.focus import module_focus
 from stf.predict import (CheckpointError, MismatchError, Prediction, Predictor, Stream, open_network, place_focus, predict,
-                         predict_all, predict_command, text_bar, trace_rows)
+                         predict_all, predict_command, shipped_checkpoints, text_bar, trace_rows)
 from stf.skeleton import SKELETONS, Skeleton
 from stf.checkpoints import save_network
 from stf.stf_module import NETWORKS, STFNet
@@ -167,13 +167,14 @@ def test_same_as_evaluation_and_fusion_by_hand(nets, raw, tmp_path):
 
 
 def test_answers_do_not_depend_on_batch_size(nets, raw):
-    ask = Predictor([nets["joint"], nets["bone"], nets["msg3d"]])
-    runs = [list(predict_all(raw, ask, batch_size=n, focus=True)) for n in (1, 3, 8)]
-    for run in runs[1:]:
-        for a, b in zip(runs[0], run):
-            assert a.name == b.name and a.about == b.about
-            np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-4)
-            np.testing.assert_allclose(a.focus, b.focus, atol=1e-3)
+    "Three preparations averaged; and the focus of trained networks (in fresh ones, whose clips hardly differ, rounding shows)."
+    for ask, trained in ((Predictor([nets["joint"], nets["bone"], nets["msg3d"]]), False), (Predictor(shipped_checkpoints()), True)):
+        runs = [list(predict_all(raw, ask, batch_size=n, focus=True)) for n in (1, 3, 8)]
+        for run in runs[1:]:
+            for a, b in zip(runs[0], run):
+                assert a.name == b.name and a.about == b.about
+                np.testing.assert_allclose(a.probabilities, b.probabilities, atol=1e-4)
+                np.testing.assert_allclose(a.focus, b.focus, atol=1e-3 if trained else 1e-2)
 
 
 class Plain(torch.nn.Module):

@@ -16,6 +16,7 @@ from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.predict import CheckpointError, predict
 from stf.skeleton import SKELETONS, Skeleton
+from stf.backbone import frozen_norms
 from stf.checkpoints import load_network, save_network
 from stf.stf_module import NETWORKS
 from stf.stgcn import STGCN, normalise_partition, spatial_partition
@@ -196,7 +197,8 @@ def test_the_protocol_on_trained_statistics():
     x[:3, ..., 1] = 0
     evaluated = net.eval().features(x)
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    running = net.train().features(x, running=True)
+    with frozen_norms(net.train()):
+        running = net.features(x)
     assert torch.equal(evaluated.last, running.last)  # no dropout, no batch statistics
     for name in evaluated.maps:
         assert (net.forward_from({name: evaluated.maps[name]}) - evaluated.last).abs().max() < 1e-12
@@ -325,11 +327,11 @@ def test_resume_is_exact_with_dropout(store, trained, tmp_path, monkeypatch):
     "Stopped in the middle of an epoch: the same coins are tossed afterwards."
     calls, features = [], STGCN.features
 
-    def stop(self, x, running=False):
+    def stop(self, x):
         calls.append(self.training)
         if calls.count(True) == 4:
             raise RuntimeError("power cut")
-        return features(self, x, running)
+        return features(self, x)
 
     c = config(tmp_path / "run")
     monkeypatch.setattr(STGCN, "features", stop)
