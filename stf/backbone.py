@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['aggregate', 'MLP', 'GraphConv', 'MultiScaleGraphConv', 'window_adjacency', 'transform_first', 'window_sum',
-           'WindowGraphConv', 'G3DPathway', 'MultiWindowG3D', 'TemporalConv', 'joint_norm', 'MultiScaleTemporalConv',
-           'Features', 'frozen_norms', 'MSG3D', 'use_checkpointing', 'fuse', 'load_msg3d']
+           'WindowGraphConv', 'G3DPathway', 'MultiWindowG3D', 'TemporalConv', 'batch_norm_together',
+           'MultiScaleTemporalConv', 'Features', 'frozen_norms', 'MSG3D', 'use_checkpointing', 'fuse', 'load_msg3d']
 
 # %% ../nbs/01_backbone.ipynb #55018e69
 import copy
@@ -28,9 +28,9 @@ from .skeleton import Skeleton, multi_scale_adjacency
 # %% ../nbs/01_backbone.ipynb #1fbed44c
 def aggregate(
     x: torch.Tensor,  # (B,C,T,V)
-    A: torch.Tensor,  # (1,K,V,V), or (B,K,V,V) with graphs of each clip's own
+    A: torch.Tensor,  # (1,K,V,V), or (B,K,V,V) with graphs of each body's own
 ) -> torch.Tensor:  # (B,K·C,T,V), scale-major, channels last in memory
-    "Features summed over every joint's neighbours at each scale: X A_k for all k."
+    "Features summed over every joint's neighbours at each scale: X A_kᵀ for all k (rows receive)."
     rows = A.transpose(1, 2).flatten(1, 2).unsqueeze(1)  # (·,1,V·K,V): scales of a joint together
     y = rows @ x.permute(0, 2, 3, 1)  # (B,T,V·K,C)
     return y.unflatten(2, (x.shape[3], -1)).flatten(3).permute(0, 3, 1, 2)
@@ -58,7 +58,7 @@ class GraphConv(nn.Module):
         self.mlp = MLP(scales * in_channels, out_channels)
 
     def adjacency(self, G=None):
-        "Â_k + R_k (1,K,V,V), or (B,K,V,V) with a clip's own G (B,k,V,V) at scales 1 … k."
+        "Â_k + R_k (1,K,V,V), or (B,K,V,V) with a body's own G (B,k,V,V) at scales 1 … k."
         A = (self.A + self.A_res).unflatten(0, (-1, self.A.shape[1])).unsqueeze(0)
         return A if G is None else A + F.pad(G, (0, 0, 0, 0, 1, A.shape[1] - 1 - G.shape[1]))
 
@@ -105,7 +105,7 @@ def transform_first(
 
 # %% ../nbs/01_backbone.ipynb #9d8e70ca
 def window_sum(h, window, time, graph):
-    "graph (B,R,U) times the sum of h (B,U,T,C) over each window of frames: (B,R,T',C)."
+    "Product of graph (B,R,U) with the sums of h (B,U,T,C) over windows of frames: (B,R,T',C)."
     total = F.avg_pool2d(h, (window, 1), **time) * window  # (B,U,T',C)
     return (graph @ total.flatten(2)).unflatten(2, total.shape[2:])
 
@@ -128,7 +128,7 @@ class WindowGraphConv(GraphConv):
         return F.relu(self.mlp.layers[1](y), inplace=True)
 
     def product(self, x, A, G):
-        "What comes before batch norm: the sum over a window's graph is a convolution along time."
+        "Convolution before batch norm (B,E,T',V·τ): a window's sum is a convolution along time."
         K, V, w, conv = A.shape[1], x.shape[3], self.window, self.mlp.layers[0]
         time = dict(stride=(self.stride, 1), padding=((w - 1) // 2, 0))
         A = A[0].unflatten(2, (w, V)).unflatten(1, (w, V))  # (K,τ,V,τ,V): receiving, giving node
@@ -204,7 +204,7 @@ class TemporalConv(nn.Module):
         return self.bn(self.conv(x))
 
 # %% ../nbs/01_backbone.ipynb #9af80cce
-def joint_norm(
+def batch_norm_together(
     norms: list,  # batch norms of as many channels each
     x: torch.Tensor,  # (B,C,T,V): their inputs side by side
 ) -> torch.Tensor:  # (B,C,T,V)
@@ -251,10 +251,10 @@ class MultiScaleTemporalConv(nn.Module):
         *dilated, pooled, direct = self.branches
         convs, norms = zip(*((branch[0], branch[1]) for branch in (*dilated, pooled)))
         h = F.conv2d(x, torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs]))
-        *parts, last = F.relu(joint_norm(norms, h), inplace=True).chunk(5, 1)
+        *parts, last = F.relu(batch_norm_together(norms, h), inplace=True).chunk(5, 1)
         outs = [branch[3].conv(part) for branch, part in zip(dilated, parts)]
         norms = [*(branch[3].bn for branch in dilated), pooled[4], direct[1]]
-        return joint_norm(norms, torch.cat([*outs, pooled[3](last), direct[0](x)], 1))
+        return batch_norm_together(norms, torch.cat([*outs, pooled[3](last), direct[0](x)], 1))
 
 # %% ../nbs/01_backbone.ipynb #0bf3a996
 class Features(NamedTuple):
@@ -340,7 +340,7 @@ class MSG3D(nn.Module):
         return torch.cat([h, rest], 1).contiguous(memory_format=torch.channels_last)
 
     def adjacencies(self, block, x):
-        "G for sgcn and gcn3d of a block, and β with G of both: none here (G = 0), see STFNet."
+        "Adjacencies G for sgcn and gcn3d of a block, and β with G of both: none here, see STFNet."
         return (None, None), []
 
     def pathways(self, block, x):

@@ -22,7 +22,7 @@ def margin(
 
 
 def class_score(logits, classes, score="probability"):
-    "(N,) what the focus differentiates: the margin (probability), or the logit."
+    "Score (N,) that the focus differentiates: the margin (probability), or the logit."
     if score == "probability":
         return margin(logits, classes)
     if score == "logit":

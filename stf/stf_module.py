@@ -37,7 +37,7 @@ class Beta(nn.Module):
 def time_cells(
     frames: int,  # T
     cells: int = 16,
-    like: torch.Tensor = torch.empty(0, dtype=torch.float64),  # of this type, on this device
+    like: torch.Tensor = torch.empty(0, dtype=torch.float64),  # gives type and device
 ) -> torch.Tensor:  # (cells,T), rows sum to 1
     "Matrix that averages T frames into equal cells of time, by overlap."
     edges = torch.arange(cells + 1, device=like.device).to(like) * frames / cells
@@ -102,7 +102,7 @@ class STFNet(MSG3D):
 # %% ../nbs/02_stf_module.ipynb #2b79d8d2
 def adjacency_statistics(
     net: STFNet,
-    dynamic: list,  # six G (N,M,K,V,V), of as many clips as there are
+    dynamic: list,  # six G (N,M,K,V,V)
     present: torch.Tensor,  # (N,M) bool: absent bodies are left out
 ) -> list:  # one dict a module: ratio ‖G_k‖/‖Â_k‖, mean over scales; spread, std across clips / rms
     "Size and clip-to-clip spread of each module's G_k (present bodies only)."
