@@ -205,16 +205,15 @@ class TemporalConv(nn.Module):
 
 # %% ../nbs/01_backbone.ipynb #9af80cce
 def batch_norm_together(
-    norms: list,  # batch norms of as many channels each
+    norms: list,  # batch norms of as many channels each, in training
     x: torch.Tensor,  # (B,C,T,V): their inputs side by side
 ) -> torch.Tensor:  # (B,C,T,V)
     "Several batch norms in one call; each one's running statistics move as if it had run alone."
-    names, training = ("running_mean", "running_var", "weight", "bias"), norms[0].training
+    names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (torch.cat([getattr(n, name) for n in norms]) for name in names)
-    y = F.batch_norm(x, mean, var, weight, bias, training, norms[0].momentum, norms[0].eps)
-    if training:
-        for n, m, v in zip(norms, mean.chunk(len(norms)), var.chunk(len(norms))):
-            n.running_mean.copy_(m), n.running_var.copy_(v), n.num_batches_tracked.add_(1)
+    y = F.batch_norm(x, mean, var, weight, bias, True, norms[0].momentum, norms[0].eps)
+    for n, m, v in zip(norms, mean.chunk(len(norms)), var.chunk(len(norms))):
+        n.running_mean.copy_(m), n.running_var.copy_(v), n.num_batches_tracked.add_(1)
     return y
 
 # %% ../nbs/01_backbone.ipynb #d1a74a5b
@@ -239,22 +238,24 @@ class MultiScaleTemporalConv(nn.Module):
         self.last_relu = last_relu
 
     def forward(self, x):
-        if self.training and type(self.branches[5][1]) is nn.BatchNorm2d:
-            y = self.side_by_side(x)
+        first = [branch[1] for branch in self.branches[:5]]
+        last = [branch[3].bn for branch in self.branches[:4]]
+        last += [self.branches[4][4], self.branches[5][1]]
+        if all(type(norm) is nn.BatchNorm2d and norm.training for norm in (*first, *last)):
+            y = self.side_by_side(x, first, last)
         else:
             y = torch.cat([branch(x) for branch in self.branches], 1)
         y += self.residual(x)
         return F.relu(y, inplace=True) if self.last_relu else y
 
-    def side_by_side(self, x):
+    def side_by_side(self, x, first, last):
         "All branches, the small layers of several in one call: the same function, faster to train."
         *dilated, pooled, direct = self.branches
-        convs, norms = zip(*((branch[0], branch[1]) for branch in (*dilated, pooled)))
+        convs = [branch[0] for branch in (*dilated, pooled)]
         h = F.conv2d(x, torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs]))
-        *parts, last = F.relu(batch_norm_together(norms, h), inplace=True).chunk(5, 1)
-        outs = [branch[3].conv(part) for branch, part in zip(dilated, parts)]
-        norms = [*(branch[3].bn for branch in dilated), pooled[4], direct[1]]
-        return batch_norm_together(norms, torch.cat([*outs, pooled[3](last), direct[0](x)], 1))
+        *parts, part = F.relu(batch_norm_together(first, h), inplace=True).chunk(5, 1)
+        outs = [branch[3].conv(h) for branch, h in zip(dilated, parts)]
+        return batch_norm_together(last, torch.cat([*outs, pooled[3](part), direct[0](x)], 1))
 
 # %% ../nbs/01_backbone.ipynb #0bf3a996
 class Features(NamedTuple):
@@ -321,7 +322,7 @@ class MSG3D(nn.Module):
             gcn = MultiScaleGraphConv(C, hidden, A, gcn_scales, exact)
             tcn = MultiScaleTemporalConv(hidden, width, stride)
             more = MultiScaleTemporalConv(width, width, last_relu=False)
-            gcn3d = MultiWindowG3D(C, width, A, windows, stride, g3d_scales, hidden, exact)
+            gcn3d = MultiWindowG3D(C, width, A, self.windows, stride, g3d_scales, hidden, exact)
             setattr(self, f"sgcn{b}", nn.ModuleList([gcn, tcn, more]))
             setattr(self, f"gcn3d{b}", gcn3d)
             setattr(self, f"tcn{b}", MultiScaleTemporalConv(width, width))
@@ -425,9 +426,10 @@ def load_msg3d(
         raise ValueError("not a public MS-G3D checkpoint: expected a flat dictionary of tensors")
     source = {k.removeprefix("module."): v for k, v in state_dict.items()}
     target = model.state_dict()
-    for k in source.keys() & target.keys():  # (O,K·3,1,1), scale-major, to (O,K·4,1,1)
-        if k.startswith(("sgcn1.0.mlp.layers.0", "gcn3d1.")) and k.endswith("mlp.layers.0.weight"):
-            if 4 * source[k].shape[1] == 3 * target[k].shape[1]:
+    for k in source.keys() & target.keys() if model.in_channels == 4 else ():
+        if k.startswith(("sgcn1.0.mlp.", "gcn3d1.")) and k.endswith("mlp.layers.0.weight"):
+            O, C = target[k].shape[:2]
+            if source[k].shape == (O, C // 4 * 3, 1, 1):  # scale-major: a zero after each x, y, z
                 source[k] = F.pad(source[k].unflatten(1, (-1, 3)), (0, 0, 0, 0, 0, 1)).flatten(1, 2)
     wanted = {k for k in target if not k.startswith("stf.")}
     missing = sorted(k for k in wanted - source.keys() if not k.endswith("num_batches_tracked"))

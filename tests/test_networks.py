@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -122,6 +123,26 @@ def test_wrong_checkpoints_are_named(wrong, message):
     with pytest.raises(ValueError, match=message):
         load_msg3d(net, wrong(before))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())  # and nothing was half loaded
+
+
+@pytest.mark.parametrize("channels, shape", [(3, (12, 9, 1, 1)), (4, (12,)), (4, (12, 12)), (4, (5, 12, 1, 1))])
+def test_weights_of_another_shape_are_named_as_they_are(channels, shape):
+    net = MSG3D(6, NTU, in_channels=channels, **SMALL)
+    state = {**net.state_dict(), "sgcn1.0.mlp.layers.0.weight": torch.zeros(shape)}
+    with pytest.raises(ValueError, match=re.escape(f"the checkpoint has {shape}")):
+        load_msg3d(net, state)
+
+
+def test_one_norm_that_is_frozen_by_hand_moves_nothing(net):
+    norm = net.train().tcn1.branches[2][1].eval()
+    before = norm.running_mean.clone()
+    net(clips())
+    assert torch.equal(norm.running_mean, before) and net.tcn1.branches[1][1].running_mean.abs().sum() > 0
+
+
+def test_windows_from_an_iterator():
+    net = MSG3D(6, NTU, windows=iter((3, 5)), **SMALL)
+    assert net.windows == (3, 5) and len(net.gcn3d1.gcn3d) == 2
 
 
 def test_state_dict_round_trip_and_copies(net):
