@@ -167,9 +167,10 @@ class G3DPathway(nn.Module):
         self.out_bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x, G=None):
-        h, out = self.gcn3d[1](x, G), self.out_conv  # (B,E,T',V·τ)
-        y = F.conv2d(h, out.weight[..., 0], out.bias, stride=(1, out.kernel_size[1]))
-        return self.out_bn(y)
+        h, out = self.gcn3d[1](x, G).permute(0, 2, 3, 1), self.out_conv  # (B,T',V·τ,E)
+        h = h.unflatten(2, (-1, out.kernel_size[1])).flatten(3).permute(0, 3, 1, 2)  # (B,τ·E,T',V)
+        W = out.weight.flatten(2).transpose(1, 2).flatten(1)[..., None, None]  # (O,τ·E,1,1)
+        return self.out_bn(F.conv2d(h, W, out.bias))
 
 
 class MultiWindowG3D(nn.Module):
