@@ -126,18 +126,20 @@ class WindowGraphConv(GraphConv):
         else:
             h = x.reshape(-1, 1, T, V)  # (B·C,1,T,V)
             kernel = A.permute(0, 2, 1, 4, 3).flatten(0, 2).unsqueeze(2)  # (K·V·τ,V,1,τ)
-        y = F.conv2d(h.permute(0, 3, 1, 2), kernel, None, (1, s), (0, p))
-        y = y.squeeze(2).unflatten(0, (B, -1))  # (B,E,V·τ,T'), or (B,C,K·V·τ,T')
-        if self.first:
-            y = y.permute(0, 3, 2, 1).contiguous().add_(conv.bias)  # (B,T',V·τ,E)
-        else:
-            y = y.unflatten(2, (K, -1)).permute(0, 2, 1, 4, 3).flatten(1, 2)  # (B,K·C,T',V·τ)
-            y = conv(y.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        bias = conv.bias
         if G is not None:
             total = F.avg_pool2d(x, (w, 1), (s, 1), (p, 0)) * w  # (B,C,T',V)
-            own = F.conv2d(aggregate(total, G), conv.weight[:, C : C + C * G.shape[1]])
-            y = (y.unflatten(2, (V, w)) + own.permute(0, 2, 3, 1).unsqueeze(3)).flatten(2, 3)
-        return y.permute(0, 3, 1, 2)
+            own = F.conv2d(aggregate(total, G), conv.weight[:, C : C + C * G.shape[1]], bias)
+            bias = own.permute(0, 2, 3, 1).unsqueeze(3)  # (B,T',V,1,E): one for all τ frames
+        y = F.conv2d(h.permute(0, 3, 1, 2), kernel, None, (1, s), (0, p)).squeeze(2)
+        if self.first:
+            y = y.unflatten(1, (V, w)).unflatten(0, (B, -1))  # (B,E,V,τ,T')
+            y = y.permute(0, 4, 2, 3, 1).contiguous().add_(bias)  # (B,T',V,τ,E)
+        else:
+            y = y.unflatten(1, (K, V, w)).unflatten(0, (B, -1))  # (B,C,K,V,τ,T')
+            y = y.permute(0, 5, 3, 4, 2, 1).flatten(4)  # (B,T',V,τ,K·C)
+            y = F.linear(y, conv.weight.flatten(1)).add_(bias)
+        return y.flatten(2, 3).permute(0, 3, 1, 2)
 
 # %% ../nbs/01_backbone.ipynb #f503d29f
 class G3DPathway(nn.Module):
