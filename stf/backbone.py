@@ -10,6 +10,7 @@ __all__ = ['aggregate', 'GraphConv', 'MultiScaleGraphConv', 'window_adjacency', 
 # %% ../nbs/01_backbone.ipynb #55018e69
 import copy
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -59,9 +60,9 @@ class GraphConv(nn.Module):
         "product(x, *graphs), which holds no batch norm; by activation checkpointing if asked for."
         if not (self.checkpointing and torch.is_grad_enabled()):
             return product(x, *graphs)
-        own = [g is not None and len(g) == len(x) for g in graphs]  # a graph a body, or one for all
-        parts = [x.chunk(4), *(g.chunk(4) if o else [g] * 4 for g, o in zip(graphs, own))]
-        return torch.cat([checkpoint(product, *part, use_reentrant=False) for part in zip(*parts)])
+        cut = lambda g: [g] * 4 if g is None or len(g) < len(x) else g.chunk(4)
+        parts = zip(x.chunk(4), *map(cut, graphs))
+        return torch.cat([checkpoint(product, *part, use_reentrant=False) for part in parts])
 
 # %% ../nbs/01_backbone.ipynb #e7eeb6ef
 class MultiScaleGraphConv(GraphConv):
@@ -69,8 +70,8 @@ class MultiScaleGraphConv(GraphConv):
 
     def forward(self, x, G=None):
         conv, bn = self.mlp.layers
-        y = self.run(lambda x, A: conv(aggregate(x, A)), x, self.adjacency(G))
-        return F.relu(bn(y), inplace=True)
+        product = lambda x, A, W=conv.weight, b=conv.bias: F.conv2d(aggregate(x, A), W, b)
+        return F.relu(bn(self.run(product, x, self.adjacency(G))), inplace=True)
 
 # %% ../nbs/01_backbone.ipynb #33c9a1ca
 def window_adjacency(
@@ -100,45 +101,46 @@ def transform_first(
 class WindowGraphConv(GraphConv):
     """Graph convolution, batch norm, ReLU in windows of τ frames; (B,C,T,V) → (B,E,T',V·τ).
 
-    T' = ceil(T/stride). Nodes are joint-major: the τ frames of a joint lie side by side.
-    G (B,k,V,V) is tiled τ×τ.
+    T' = ceil(T/stride). Nodes are frame-major in the adjacency, as in the public code; in the
+    output joint-major: the τ frames of a joint lie side by side. G (B,k,V,V) is tiled τ×τ.
     """
 
     def __init__(self, in_channels, out_channels, A, window, stride, scales, exact=True):
-        graph = window_adjacency(A, window)
-        super().__init__(in_channels, out_channels, graph, scales, exact)
+        super().__init__(in_channels, out_channels, window_adjacency(A, window), scales, exact)
         self.window, self.stride = window, stride
         self.first = transform_first(in_channels, out_channels, len(A), window, stride, scales)
 
     def forward(self, x, G=None):
-        y = self.run(self.product, x, self.adjacency(), G)
-        return F.relu(self.mlp.layers[1](y), inplace=True)
+        conv, bn = self.mlp.layers
+        product = partial(self.product, conv.weight, conv.bias)
+        return F.relu(bn(self.run(product, x, self.adjacency(), G)), inplace=True)
 
-    def product(self, x, A, G):
-        "Convolution before batch norm (B,E,T',V·τ): a window's sum is a convolution along time."
-        (B, C, T, V), K, conv = x.shape, A.shape[1], self.mlp.layers[0]
+    def product(self, weight, bias, x, A, G):
+        "Convolution before batch norm (B,E,T',V·τ) of x (B,C,T,V) by A (1,K,τV,τV), and G or None."
+        (B, C, T, V), K, E = x.shape, A.shape[1], len(weight)
         w, s, p = self.window, self.stride, (self.window - 1) // 2
         A = A[0].unflatten(2, (w, V)).unflatten(1, (w, V))  # (K,τ,V,τ,V): receiving, giving node
         if self.first:
-            W = conv.weight.view(-1, C).expand(B, -1, -1)  # (B,E·K,C)
-            h = (W @ x.flatten(2)).view(-1, K, T, V)  # (B·E,K,T,V)
+            h = weight.reshape(-1, C).expand(B, -1, -1) @ x.flatten(2)  # (B,E·K,T·V)
+            h, n = h.view(B * E, K, T, V), E
             kernel = A.permute(2, 1, 4, 0, 3).flatten(0, 1)  # (V·τ,V,K,τ)
         else:
-            h = x.reshape(-1, 1, T, V)  # (B·C,1,T,V)
+            h, n = x.reshape(B * C, 1, T, V), C
             kernel = A.permute(0, 2, 1, 4, 3).flatten(0, 2).unsqueeze(2)  # (K·V·τ,V,1,τ)
-        bias = conv.bias
-        if G is not None:
-            total = F.avg_pool2d(x, (w, 1), (s, 1), (p, 0)) * w  # (B,C,T',V)
-            own = F.conv2d(aggregate(total, G), conv.weight[:, C : C + C * G.shape[1]], bias)
-            bias = own.permute(0, 2, 3, 1).unsqueeze(3)  # (B,T',V,1,E): one for all τ frames
         y = F.conv2d(h.permute(0, 3, 1, 2), kernel, None, (1, s), (0, p)).squeeze(2)
-        if self.first:
-            y = y.unflatten(1, (V, w)).unflatten(0, (B, -1))  # (B,E,V,τ,T')
-            y = y.permute(0, 4, 2, 3, 1).contiguous().add_(bias)  # (B,T',V,τ,E)
-        else:
-            y = y.unflatten(1, (K, V, w)).unflatten(0, (B, -1))  # (B,C,K,V,τ,T')
-            y = y.permute(0, 5, 3, 4, 2, 1).flatten(4)  # (B,T',V,τ,K·C)
-            y = F.linear(y, conv.weight.flatten(1)).add_(bias)
+        y = y.unflatten(1, (-1, V, w)).unflatten(0, (B, n))  # (B,E,1,V,τ,T') or (B,C,K,V,τ,T')
+        y = y.permute(0, 5, 3, 4, 2, 1).flatten(4)  # (B,T',V,τ,E) or (B,T',V,τ,K·C)
+        y = (y.contiguous() if self.first else F.linear(y, weight.flatten(1))).add_(bias)
+        if G is not None:
+            k = G.shape[1]  # G begins at scale 1
+            total = F.avg_pool2d(h[:, 1 : 1 + k] if self.first else h, (w, 1), (s, 1), (p, 0)) * w
+            total = total.unflatten(0, (B, n))  # sums over windows (B,E,k,T',V) or (B,C,1,T',V)
+            if self.first:
+                own = torch.einsum("bektu,bkvu->btve", total, G)
+            else:
+                own = torch.einsum("bctu,bkvu->btvkc", total.squeeze(2), G).flatten(3)
+                own = F.linear(own, weight[:, C : C + C * k].flatten(1))
+            y = y.add_(own.unsqueeze(3))  # (B,T',V,1,E): the same for all τ frames
         return y.flatten(2, 3).permute(0, 3, 1, 2)
 
 # %% ../nbs/01_backbone.ipynb #f503d29f
@@ -184,8 +186,8 @@ class TemporalConv(nn.Module):
 
     def __init__(self, in_channels, out_channels, kernel, stride=1, dilation=1):
         super().__init__()
-        kernel, stride, dilation = ((n, 1) for n in (kernel, stride, dilation))
-        padding = (dilation[0] * (kernel[0] - 1) // 2, 0)
+        padding = (dilation * (kernel - 1) // 2, 0)
+        kernel, stride, dilation = (kernel, 1), (stride, 1), (dilation, 1)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation)
         self.bn = nn.BatchNorm2d(out_channels)
 
@@ -194,10 +196,10 @@ class TemporalConv(nn.Module):
 
 # %% ../nbs/01_backbone.ipynb #9af80cce
 def batch_norm_together(
-    norms: list,  # batch norms of as many channels each, all in training or none
+    norms: list,  # batch norms with equally many channels, all in training or none
     x: torch.Tensor,  # (B,C,T,V): their inputs side by side
 ) -> torch.Tensor:  # (B,C,T,V)
-    "Several batch norms in one call; each one's running statistics move as if it had run alone."
+    "Several batch norms as one; each one's running statistics move as if it had run alone."
     names = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (torch.cat([getattr(n, name) for n in norms]) for name in names)
     training, momentum, eps = norms[0].training, norms[0].momentum, norms[0].eps
@@ -222,31 +224,34 @@ class MultiScaleTemporalConv(nn.Module):
         dilated = [nn.Sequential(*first(), TemporalConv(w, w, 3, stride, d)) for d in (1, 2, 3, 4)]
         pool = nn.MaxPool2d((3, 1), (stride, 1), (1, 0))
         pooled = nn.Sequential(*first(), pool, nn.BatchNorm2d(w))
-        direct = nn.Sequential(nn.Conv2d(C, w, 1, (stride, 1)), nn.BatchNorm2d(w))
+        direct = nn.Sequential(nn.Conv2d(C, w, 1), nn.BatchNorm2d(w))
         self.branches = nn.ModuleList([*dilated, pooled, direct])
-        self.residual = nn.Identity() if (C, stride) == (O, 1) else TemporalConv(C, O, 1, stride)
-        self.last_relu = last_relu
+        self.residual = nn.Identity() if (C, stride) == (O, 1) else TemporalConv(C, O, 1)
+        self.stride, self.last_relu = stride, last_relu
 
     def forward(self, x):
-        first = [branch[1] for branch in self.branches[:5]]
-        last = [branch[3].bn for branch in self.branches[:4]]
-        last += [self.branches[4][4], self.branches[5][1]]
-        kinds = {(type(norm), norm.training) for norm in (*first, *last)}
-        if kinds in ({(nn.BatchNorm2d, True)}, {(nn.BatchNorm2d, False)}):
-            y = self.side_by_side(x, first, last)
+        *dilated, pooled, direct = self.branches
+        every = x[:, :, :: self.stride]  # 1×1 convolutions with stride: see below
+        first = [branch[1] for branch in (*dilated, pooled)]  # norms after the first convolutions
+        last = [*(branch[3].bn for branch in dilated), pooled[4], direct[1]]  # and at the ends
+        plain = lambda n: type(n) is nn.BatchNorm2d and n.affine and n.track_running_stats
+        ways = {(plain(n) and n.momentum, n.training, getattr(n, "eps", 0)) for n in (*first, *last)}
+        if len(ways) == 1 and ways.pop()[0]:
+            y = self.side_by_side(x, every, first, last)
         else:
-            y = torch.cat([branch(x) for branch in self.branches], 1)
-        y += self.residual(x)
+            y = torch.cat([*(branch(x) for branch in (*dilated, pooled)), direct(every)], 1)
+        y += self.residual(every)
         return F.relu(y, inplace=True) if self.last_relu else y
 
-    def side_by_side(self, x, first, last):
-        "All branches, the small layers of several in one call: the same function in fewer calls."
+    def side_by_side(self, x, every, first, last):
+        "All branches, with small layers of the same kind as one: the same function, faster."
         *dilated, pooled, direct = self.branches
         convs = [branch[0] for branch in (*dilated, pooled)]
         h = F.conv2d(x, torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs]))
-        *parts, part = F.relu(batch_norm_together(first, h), inplace=True).chunk(5, 1)
-        outs = [branch[3].conv(h) for branch, h in zip(dilated, parts)]
-        return batch_norm_together(last, torch.cat([*outs, pooled[3](part), direct[0](x)], 1))
+        *parts, to_pool = F.relu(batch_norm_together(first, h), inplace=True).chunk(5, 1)
+        outs = [branch[3].conv(part) for branch, part in zip(dilated, parts)]
+        outs += [pooled[3](to_pool), direct[0](every)]
+        return batch_norm_together(last, torch.cat(outs, 1))
 
 # %% ../nbs/01_backbone.ipynb #0bf3a996
 class Features(NamedTuple):
@@ -264,8 +269,7 @@ def frozen_norms(
     net: nn.Module,
 ):
     "Context in which batch norm uses its running statistics, and dropout is off, also in training."
-    kinds = (_BatchNorm, _DropoutNd)
-    layers = [m for m in net.modules() if isinstance(m, kinds) and m.training]
+    layers = [m for m in net.modules() if isinstance(m, (_BatchNorm, _DropoutNd)) and m.training]
     for layer in layers:
         layer.training = False
     try:
@@ -321,11 +325,11 @@ class MSG3D(nn.Module):
 
     def normalise_input(self, x):
         "(N,C,T,V,M) → (N·M,C,T,V) channels last, each body's joint and coordinate normalised."
-        (N, C, T, V, M), c = x.shape, self.coordinates
         expected = (self.in_channels, self.skeleton.num_joints, self.num_bodies)
-        if (C, V, M) != expected:
+        if (got := (*x.shape[1::2], *x.shape[4:])) != expected:
             raise ValueError(f"input (N,C,T,V,M) must have C,V,M = {expected}, "
-                             f"got {(C, V, M)} in shape {tuple(x.shape)}")  # fmt: skip
+                             f"got {got} in shape {tuple(x.shape)}")  # fmt: skip
+        (N, C, T, V, M), c = x.shape, self.coordinates
         h = self.data_bn(x[:, :c].permute(0, 4, 3, 1, 2).reshape(N, M * V * c, T))
         h = h.view(N * M, V, c, T).permute(0, 2, 3, 1)
         rest = x[:, c:].permute(0, 4, 1, 2, 3).flatten(0, 1)

@@ -64,14 +64,14 @@ class STGCNUnit(nn.Module):
         self.tcn_bn = nn.BatchNorm2d(out_channels)
         self.residual = None
         if stride != 1 or in_channels != out_channels:
-            self.residual = nn.ModuleDict({"conv": nn.Conv2d(in_channels, out_channels, 1, (stride, 1)), "bn": nn.BatchNorm2d(out_channels)})
+            self.residual = nn.ModuleDict({"conv": nn.Conv2d(in_channels, out_channels, 1), "bn": nn.BatchNorm2d(out_channels)})
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
         h = F.relu(self.gcn_bn(self.gcn(x)))
         h = self.dropout(self.tcn_bn(self.tcn(h)))
         if self.residual is not None:
-            x = self.residual["bn"](self.residual["conv"](x))
+            x = self.residual["bn"](self.residual["conv"](x[:, :, :: self.tcn.stride[0]]))  # no stride of its own: see 01_backbone
         return F.relu(h + x)
 
 # %% ../nbs/06_stgcn.ipynb #449c7db1

@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stf.backbone import MSG3D, frozen_norms, fuse, load_msg3d, use_checkpointing
+from stf.backbone import MSG3D, MultiScaleTemporalConv, frozen_norms, fuse, load_msg3d, use_checkpointing
 from stf.focus import grad_cam, margin, min_max, module_focus
 from stf.losses import LossWeights, STFLoss, map_distance, mask_input
 from stf.skeleton import SKELETONS, Skeleton
 from stf.checkpoints import load_network, save_network
 from stf.stf_module import STFNet, adjacency_statistics
+from stf.stgcn import STGCN
 
 REFERENCE = Path(os.environ.get("STF_REFERENCE", Path(__file__).resolve().parent.parent.parent / "shared" / "reference"))
 SMALL = dict(widths=(12, 24, 48), gcn_scales=4, g3d_scales=3)
@@ -568,3 +569,52 @@ def test_compiled_layers(layer, channels):
     scale = max(float(g.abs().max()) for g in results[0])
     for eager, compiled in zip(*results):
         assert (eager - compiled).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.parametrize("make", [lambda: MSG3D(3, DOG, 4, 1, widths=(6, 12, 24)), lambda: STGCN(3, DOG, 4, 1)], ids=["msg3d", "stgcn"])
+def test_no_1x1_convolution_has_a_stride(make):
+    "Its backward pass once wrote past its memory (oneDNN, AVX-512, few channels, an odd batch): a crash somewhere later."
+    small = [m for m in make().modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (1, 1)]
+    assert small and all(m.stride == (1, 1) for m in small)
+
+
+@pytest.mark.parametrize("change", [dict(eps=0.1), dict(momentum=0.0), dict(momentum=None), dict(track_running_stats=False)], ids=str)
+@pytest.mark.parametrize("of", ["one", "all"])
+@pytest.mark.parametrize("training", [True, False])
+def test_batch_norms_of_other_settings_are_what_they_are_alone(change, of, training):
+    "Branches run side by side took every setting from the first norm: swa_utils.update_bn, which sets momentum to None, crashed."
+    torch.manual_seed(0)
+    tcn = MultiScaleTemporalConv(6, 12, stride=2).double().train(training)
+    norms = [m for m in tcn.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms if of == "all" else norms[3:4]:
+        for name, value in change.items():
+            setattr(norm, name, value)
+    alone, x = copy.deepcopy(tcn), torch.randn(3, 6, 7, 4, dtype=torch.float64)
+    every = x[:, :, ::2]
+    y = torch.cat([*(branch(x) for branch in alone.branches[:5]), alone.branches[5](every)], 1)
+    y = F.relu(y + alone.residual(every))
+    assert (tcn(x) - y).abs().max() < 1e-12
+    for (name, ours), wanted in zip(tcn.named_buffers(), alone.buffers()):
+        assert (ours.double() - wanted.double()).abs().max() < 1e-12, name
+
+
+def test_parameters_of_a_functional_call_get_the_gradients_also_with_checkpointing(net):
+    "Products that are computed again in the backward pass once read the parameters that stood there by then."
+    x, gradients = clips(2, V=net.skeleton.num_joints, M=net.num_bodies, C=net.in_channels), []
+    for on in (False, True):
+        use_checkpointing(net.eval(), on)
+        p = {k: (2 * v.detach()).requires_grad_() for k, v in net.named_parameters()}
+        torch.func.functional_call(net, p, (x,)).square().sum().backward()
+        gradients.append(p)
+    for name, p in gradients[0].items():
+        q = gradients[1][name].grad
+        assert (p.grad is None) == (q is None) and (q is None or (p.grad - q).abs().max() <= 1e-4 * (1e-12 + p.grad.abs().max())), name
+
+
+def test_weights_in_another_layout_and_an_empty_batch(net):
+    x = clips(2, V=net.skeleton.num_joints, M=net.num_bodies, C=net.in_channels)
+    turned = {k: v.transpose(0, 1).contiguous().transpose(0, 1) if v.ndim > 1 else v for k, v in net.state_dict().items()}
+    other = copy.deepcopy(net.eval())
+    other.load_state_dict(turned, assign=True)
+    with torch.no_grad():
+        assert torch.allclose(other(x), net(x), atol=1e-5) and net(x[:0]).shape == (0, net.num_classes)
