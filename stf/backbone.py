@@ -329,7 +329,7 @@ class MSG3D(nn.Module):
         if (got := (*x.shape[1::2], *x.shape[4:])) != expected:
             raise ValueError(f"input (N,C,T,V,M) must have C,V,M = {expected}, "
                              f"got {got} in shape {tuple(x.shape)}")  # fmt: skip
-        (N, C, T, V, M), c = x.shape, self.coordinates
+        (N, _, T, V, M), c = x.shape, self.coordinates
         h = self.data_bn(x[:, :c].permute(0, 4, 3, 1, 2).reshape(N, M * V * c, T))
         h = h.view(N * M, V, c, T).permute(0, 2, 3, 1)
         rest = x[:, c:].permute(0, 4, 1, 2, 3).flatten(0, 1)
