@@ -265,9 +265,7 @@ class Features(NamedTuple):
 
 # %% ../nbs/01_backbone.ipynb #ba5dd3d8
 @contextmanager
-def frozen_norms(
-    net: nn.Module,
-):
+def frozen_norms(net: nn.Module):
     "Context in which batch norm uses its running statistics, and dropout is off, also in training."
     layers = [m for m in net.modules() if isinstance(m, (_BatchNorm, _DropoutNd)) and m.training]
     for layer in layers:
@@ -378,23 +376,19 @@ class MSG3D(nn.Module):
         return self.head(self.features(x).last)
 
 # %% ../nbs/01_backbone.ipynb #1e4e91c8
-def use_checkpointing(
-    net: nn.Module,  # MSG3D or STFNet; changed in place
-    on: bool = True,
-) -> nn.Module:
-    "Activation checkpointing around all graph products (torch.utils.checkpoint): less memory."
+def use_checkpointing(net: nn.Module, on: bool = True) -> nn.Module:
+    "Activation checkpointing around all graph products, switched in place: less memory."
     for module in net.modules():
         if isinstance(module, GraphConv):
             module.checkpointing = on
     return net
 
 # %% ../nbs/01_backbone.ipynb #b27fc5f9
-def fuse(
-    net: nn.Module,
-) -> nn.Module:  # a copy in evaluation mode; not to be trained, saved or loaded
+def fuse(net: nn.Module) -> nn.Module:
     """Copy of a network for inference, with batch norm fused into the convolutions before it.
 
     Fused are neighbours in an nn.Sequential, and the pairs that a module names in `conv_norms`.
+    The copy is in evaluation mode; it is not to be trained, saved or loaded.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     for module in list(net.modules()):
