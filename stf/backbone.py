@@ -231,26 +231,26 @@ class MultiScaleTemporalConv(nn.Module):
 
     def forward(self, x):
         *dilated, pooled, direct = self.branches
-        every = x[:, :, :: self.stride]  # 1×1 convolutions with stride: see below
+        strided = x[:, :, :: self.stride]  # for the 1×1 convolutions: see below
         first = [branch[1] for branch in (*dilated, pooled)]  # norms after the first convolutions
         last = [*(branch[3].bn for branch in dilated), pooled[4], direct[1]]  # and at the ends
         plain = lambda n: type(n) is nn.BatchNorm2d and n.affine and n.track_running_stats
-        ways = {(plain(n) and n.momentum, n.training, getattr(n, "eps", 0)) for n in (*first, *last)}
-        if len(ways) == 1 and ways.pop()[0]:
-            y = self.side_by_side(x, every, first, last)
+        kinds = {(plain(n) and n.momentum, n.training, getattr(n, "eps", 0)) for n in first + last}
+        if len(kinds) == 1 and kinds.pop()[0]:
+            y = self.side_by_side(x, strided, first, last)
         else:
-            y = torch.cat([*(branch(x) for branch in (*dilated, pooled)), direct(every)], 1)
-        y += self.residual(every)
+            y = torch.cat([*(branch(x) for branch in (*dilated, pooled)), direct(strided)], 1)
+        y += self.residual(strided)
         return F.relu(y, inplace=True) if self.last_relu else y
 
-    def side_by_side(self, x, every, first, last):
+    def side_by_side(self, x, strided, first, last):
         "All branches, with small layers of the same kind as one: the same function, faster."
         *dilated, pooled, direct = self.branches
         convs = [branch[0] for branch in (*dilated, pooled)]
         h = F.conv2d(x, torch.cat([c.weight for c in convs]), torch.cat([c.bias for c in convs]))
         *parts, to_pool = F.relu(batch_norm_together(first, h), inplace=True).chunk(5, 1)
         outs = [branch[3].conv(part) for branch, part in zip(dilated, parts)]
-        outs += [pooled[3](to_pool), direct[0](every)]
+        outs += [pooled[3](to_pool), direct[0](strided)]
         return batch_norm_together(last, torch.cat(outs, 1))
 
 # %% ../nbs/01_backbone.ipynb #0bf3a996

@@ -590,9 +590,9 @@ def test_batch_norms_of_other_settings_are_what_they_are_alone(change, of, train
         for name, value in change.items():
             setattr(norm, name, value)
     alone, x = copy.deepcopy(tcn), torch.randn(3, 6, 7, 4, dtype=torch.float64)
-    every = x[:, :, ::2]
-    y = torch.cat([*(branch(x) for branch in alone.branches[:5]), alone.branches[5](every)], 1)
-    y = F.relu(y + alone.residual(every))
+    strided = x[:, :, ::2]
+    y = torch.cat([*(branch(x) for branch in alone.branches[:5]), alone.branches[5](strided)], 1)
+    y = F.relu(y + alone.residual(strided))
     assert (tcn(x) - y).abs().max() < 1e-12
     for (name, ours), wanted in zip(tcn.named_buffers(), alone.buffers()):
         assert (ours.double() - wanted.double()).abs().max() < 1e-12, name
