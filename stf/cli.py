@@ -11,6 +11,7 @@ __all__ = ['Rows', 'COMMANDS', 'WITH_CONFIG', 'protocols', 'store_table', 'show_
 import hashlib
 import inspect
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -30,9 +31,10 @@ from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_re
 from .plot import draw_strip
 from .predict import predict_command
 from .skeleton import SKELETONS, Skeleton
-from .stgcn import STGCN  # noqa: F401 (importing it enters its name in NETWORKS)
 from .tables import scarce, scarce_gains, shift, shift_table, streams, table2, table3, table4
-from .train import Config, ConfigError, Run, batch_options, import_msg3d, is_first_process, load_checkpoint, preset, presets, run, run_stf
+from .checkpoints import ConfigError, batch_options, find_checkpoint, load_checkpoint
+from .checkpoints import read_header as read_checkpoint_header
+from .train import Config, Run, import_msg3d, presets, run, run_stf
 
 # %% ../nbs/60_command_line.ipynb #79809f31
 def protocols(store: ClipStore) -> dict:
@@ -178,6 +180,13 @@ def _result(r):
     return f"top-1 {r.top1:.2f} % of {len(r.scores)} test clips after epoch {len(r.history)}"
 
 # %% ../nbs/60_command_line.ipynb #9b802c08
+def _is_checkpoint(path):
+    try:
+        return bool(find_checkpoint(path))
+    except FileNotFoundError:
+        return False
+
+
 def info(
     what: Positional[str] = "",
     verify: bool = False,
@@ -195,7 +204,7 @@ def info(
     elif not what:
         print(f"stf {__version__}; presets:\n  " + "\n  ".join(presets()))
     elif what in presets():
-        print("\n".join(f"{k:16s}{v}" for k, v in asdict(preset(what)).items()))
+        print("\n".join(f"{k:16s}{v}" for k, v in asdict(Config.preset(what)).items()))
     elif (folder / "run.json").exists():
         r = Run.load(folder)
         print(f"{r.config.name}: finished, {_result(r)}\n\n{r.history.round(4).to_string(index=False)}")
@@ -204,11 +213,11 @@ def info(
         show_table({"store": what, **store_table(store)})
         show_refused(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
-    elif (folder / "weights.safetensors").exists() or not folder.exists():
-        header = load_checkpoint(folder)[1]
-        print(json.dumps({k: v for k, v in header.items() if k not in ("config", "skeleton")} | {"skeleton": header["skeleton"]["name"]}, indent=1))
-    else:
+    elif folder.exists() and not _is_checkpoint(folder):
         print(open_clips(folder).summary)
+    else:
+        header = read_checkpoint_header(folder)
+        print(json.dumps({k: v for k, v in header.items() if k not in ("config", "skeleton", "state")} | {"skeleton": header["skeleton"]["name"]}, indent=1))
 
 # %% ../nbs/60_command_line.ipynb #76a311f0
 def train(
@@ -223,14 +232,14 @@ def train(
     """
     if both_stages:
         stf = run_stf(config)
-        if not is_first_process():
+        if int(os.environ.get("RANK", 0)):
             return
         for row, r in stf.runs.items():
             print(f"{row}: top-1 {r.top1:.2f} %, {r.folder}")
         print(f"M5: top-1 {stf.top1:.2f} % (average of M4 and Le)")
     else:
         r = run(config)
-        if is_first_process():
+        if int(os.environ.get("RANK", 0)) == 0:
             print(f"{_result(r)}; {r.folder}")
 
 # %% ../nbs/60_command_line.ipynb #fa8311a7
@@ -400,7 +409,7 @@ def named_config(
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
-        return preset(name)
+        return Config.preset(name)
     config = Config.from_json(path.read_text())
     return config if path.name != "config.json" else config.replace(folder=str(path.parent))
 
@@ -476,7 +485,7 @@ def main():
     except (ConfigError, ClipError, StoreError, FileNotFoundError) as e:
         print(f"stf: {e}", file=sys.stderr)
         raise SystemExit(2) from None
-    except (FloatingPointError, ValueError, RuntimeError, OSError) as e:
+    except (FloatingPointError, ValueError, RuntimeError, MemoryError, OSError) as e:
         print(f"stf: {e}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as e:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'REBUILD', 'protocol_name', 'name_tags', 'protocol_side', 'split_sides',
            'read_header', 'check_files', 'check_contents', 'open_rows', 'StoredClips', 'AccountedClips', 'BatchStore',
-           'ClipStore', 'StoreView', 'subset_store', 'relabel_store', 'validation_split', 'fraction', 'MadeAhead',
-           'StoreSource', 'open_store', 'StoreError', 'StoreBusy', 'build_store']
+           'ClipStore', 'StoreView', 'subset_store', 'relabel_store', 'validation_split', 'fraction', 'splits',
+           'epoch_batches', 'Batches', 'MadeAhead', 'StoreSource', 'open_store', 'StoreError', 'StoreBusy',
+           'build_store']
 
 # %% ../nbs/14_dataset.ipynb #aee59b35
 import difflib
@@ -454,6 +455,61 @@ def fraction(
     of = store.labels[order] if stratified else np.zeros(len(order))
     groups = [order[of == k] for k in np.unique(of)]
     return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))
+
+# %% ../nbs/14_dataset.ipynb #eb343976
+def splits(
+    store: ClipStore,
+    protocol: str,  # as for ClipStore.split
+    share: float = 1.0,  # of the training clips (Table 4)
+    stratified: bool = False,  # the same share of each class
+    validation: float = 0.0,  # share of them that is kept aside
+    seed: int = 0,
+) -> tuple:  # (train, validation, test) int64 clip numbers
+    "Training, validation and test clips of a protocol. StoreError if a side is empty."
+    train, test = (np.asarray(part, dtype=np.int64) for part in store.split(protocol))
+    if not len(train) or not len(test):
+        raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test clips")
+    if share < 1:
+        train = fraction(store, train, share, seed, stratified)
+    kept, rng = np.zeros(len(train), dtype=bool), np.random.default_rng([seed, 1])
+    for label in np.unique(store.labels[train]) if validation else ():
+        of_class = rng.permutation(np.flatnonzero(store.labels[train] == label))
+        kept[of_class[: round(validation * len(of_class))]] = True
+    return train[~kept], train[kept], test
+
+# %% ../nbs/14_dataset.ipynb #ad21ca5a
+def epoch_batches(clips, batch_size: int, seed: int, epoch: int) -> list:
+    "An epoch's clips in random order, each once, in batches whose sizes differ by at most one."
+    order = np.random.default_rng([seed, epoch]).permutation(np.asarray(clips, dtype=np.int64))
+    return np.array_split(order, max(1, -(-len(order) // batch_size)))
+
+
+class Batches(torch.utils.data.Dataset):
+    """The micro-batches (x, y) of an epoch, in order: a function of (seed, epoch) alone.
+
+    Each step of at most batch_size clips is cut into `parts`; ValueError if it has fewer clips.
+    """
+
+    def __init__(self, store, clips, batch_size, parts=1, seed=0, augment=None, **options):
+        self.store, self.clips, self.batch_size, self.parts = store, clips, batch_size, parts
+        self.seed, self.augment, self.options = seed, augment, options  # of store.batch
+        self.set_epoch(0)
+        if (fewest := min(map(len, self.steps))) < parts:
+            raise ValueError(f"a step of {fewest} clips can't be cut into {parts} parts (processes × "
+                             "accumulate): use a larger batch_size, or fewer parts")
+
+    def set_epoch(self, epoch: int):
+        "Order the clips, and draw their variants, as this epoch does."
+        self.steps = epoch_batches(self.clips, self.batch_size, self.seed, epoch)
+        self.micro = [part for step in self.steps for part in np.array_split(step, self.parts)]
+        if self.augment:
+            self.options |= {"augment": self.augment, "seed": (self.seed, epoch)}
+
+    def __len__(self):
+        return len(self.micro)
+
+    def __getitem__(self, i):
+        return tuple(self.store.batch(self.micro[i], **self.options))
 
 # %% ../nbs/14_dataset.ipynb #194cd1bd
 def _make_on(device, make):

@@ -24,13 +24,13 @@ import torch
 from tqdm.auto import tqdm
 
 from .clips import open_clips
-from .dataset import ClipStore
-from .evaluate import Scores, average, class_difference, top_k
+from .dataset import ClipStore, splits
+from .evaluate import Scores, average, class_difference, differences, paired_bootstrap, top_k, verdict, write_json
 from .focus import grad_cam, resample_focus
 from .plot import draw_class_difference, draw_strip
-from .statistics import differences, paired_bootstrap, verdict
+from .process import forget_accelerator, make_accelerator
 from .synthetic import write_synthetic
-from .train import Config, ConfigError, begin, make_accelerator, preset, presets, run, same_config, splits, train_step, write_json
+from .train import Config, ConfigError, Training, presets, run, same_config
 
 # %% ../nbs/30_experiments.ipynb #5d7e3a28
 def paper_table(
@@ -195,8 +195,8 @@ ENVIRONMENT = ("device", "threads", "system", "machine", "processor", "commit")
 def _train_job(job, store_of, progress):
     "One training and its record. BlockingIOError if another process is at work on it, or on what it starts from."
     for config in job.before:
-        run(config, store_of(config), progress, wait=False)
-    r = run(job.config, store_of(job.config), progress, wait=False)
+        run(config, store_of(config), progress)
+    r = run(job.config, store_of(job.config), progress)
     env, history = r.record["environment"], json.loads(r.history.to_json(orient="records", double_precision=10))
     facts = dict(experiment=job.experiment, row=job.row, name=job.name, losses=job.config.losses, versions={k: env[k] for k in ("stf", "python", "torch", "numpy")},
                  **{k: env[k] for k in ENVIRONMENT}, seconds=round(r.record["seconds"], 1), history=history)  # fmt: skip
@@ -217,10 +217,14 @@ def _average_job(job):
 def _second_step(config, store):
     "Seconds of the second step of a training; nobody's random numbers change."
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        t = begin(config.replace(init=None, train_only=""), store, make_accelerator(config.device))
+        t = Training(config.replace(init=None, train_only=""), store, make_accelerator(config.device))
+        t.net.train()
+        x, y = (part.to(t.accelerator.device) for part in t.batches[0])
         for _ in range(2):
             started = time.perf_counter()
-            train_step(t, t.train[: config.batch_size])
+            t.loss(x, y)["loss"].backward()
+            t.optimizer.step()
+        forget_accelerator()
     return time.perf_counter() - started
 
 
@@ -238,7 +242,7 @@ def estimate(
                 continue
             counted.add(c.run_folder)
             kind = (c.data, c.model, c.losses, c.score, c.coherence, c.widths, c.length, c.batch_size, c.num_bodies, c.stream)
-            clips = splits(store_of(c), c)[0]
+            clips = splits(store_of(c), c.protocol, c.fraction, c.stratified, c.validation, c.seed)[0]
             if kind not in seen:
                 seen[kind] = _second_step(c, store_of(c))
             seconds += seen[kind] * c.epochs * -(-len(clips) // c.batch_size)
@@ -373,7 +377,7 @@ def named_by_data(
     config: Config,
 ) -> Config:
     "A preset's configuration on another store gets the store's name after its own; every other is returned as it is."
-    if config.name in presets() and Path(config.data) != Path(preset(config.name).data):
+    if config.name in presets() and Path(config.data) != Path(Config.preset(config.name).data):
         return config.replace(name=f"{config.name}-{Path(config.data).resolve().name}")
     return config
 
@@ -581,7 +585,7 @@ def demo(
     """
     folder = Path(folder)
     store = demo_store(folder, synthetic, progress)
-    config = (config or preset("synthetic", **SHORT).replace(name="demo")).replace(data=str(folder / "synthetic"), folder=str(folder / "runs" / "synthetic"))
+    config = (config or Config.preset("synthetic", **SHORT).replace(name="demo")).replace(data=str(folder / "synthetic"), folder=str(folder / "runs" / "synthetic"))
     train, test = store.split(config.protocol)
     print(f"3/4 training MS-G3D and four STF networks on {len(train)} clips ({len(test)} for testing, {len(store.classes)} actions)")
     records = ablation(config, results=folder / "results", store=store, progress=progress)

@@ -22,8 +22,7 @@ from tyro.conf import Positional
 
 from . import __version__
 from .focus import grad_cam
-from .checkpoints import load_network, network_name
-from .train import ConfigError, find_checkpoint
+from .checkpoints import ConfigError, load_checkpoint
 
 # %% ../nbs/51_onnx.ipynb #067162a5
 class Exported(nn.Module):
@@ -139,9 +138,9 @@ def export_onnx(
         _need(package)
     path, net = Path(path), network
     if not isinstance(network, nn.Module):
-        net, header = load_network(find_checkpoint(network))
+        net, header = load_checkpoint(network)
         facts = {**header, **facts}
-    facts = {"model": network_name(net), **{k: getattr(net, k) for k in net.hparams}, **facts, "skeleton": asdict(net.skeleton), "stf": __version__}
+    facts = {"model": f"{type(net).__module__}:{type(net).__qualname__}", **{k: getattr(net, k) for k in net.hparams}, **facts, "skeleton": asdict(net.skeleton), "stf": __version__}
     if adjacencies and not hasattr(net, "stf"):
         raise ValueError(f"only STF networks have adjacencies G_k to put out; this is {facts['model']!r}")
     _write_checked(_traced(net, Exported(net, focus, adjacencies).eval()), path, net, facts, tolerance)
@@ -166,5 +165,5 @@ def export_command(
         made = export_onnx(checkpoint, path, focus, adjacencies)
     except (ImportError, ValueError) as e:
         raise ConfigError(str(e)) from e
-    net, _ = load_network(find_checkpoint(checkpoint))
+    net, _ = load_checkpoint(checkpoint)
     print(f"{made}: {made.stat().st_size / 1e6:.1f} MB; differs from PyTorch by at most {onnx_difference(made, net):.0e}")

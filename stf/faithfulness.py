@@ -15,12 +15,13 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
+from .checkpoints import build_network
 from .dataset import ClipStore
-from .evaluate import Scores, align
+from .evaluate import Scores, align, paired_bootstrap, write_json
 from .experiments import ROWS, record_path, row_config
 from .focus import focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus, resample_focus
-from .statistics import paired_bootstrap
-from .train import Config, Run, build_network, environment, splits, write_json
+from .process import environment
+from .train import Config, Run
 
 # %% ../nbs/30c_faithfulness.ipynb #f550da48
 def ranks(
@@ -141,7 +142,7 @@ STAGES = {  # parts of MS-G3D and STFNet from the head downwards
 @torch.no_grad()
 def forget(
     net,
-    header: dict,  # from load_network or load_checkpoint
+    header: dict,  # from load_checkpoint
     parts,  # prefixes of the tensors' names
     x: torch.Tensor,  # (N,C,T,V,M): clips from which batch norm learns its statistics anew
     seed: int = 0,
@@ -225,7 +226,7 @@ def focus_means(
     curves: bool = False,  # its deletion and insertion curves as well: 132 forward passes a clip
 ) -> tuple:  # (name → mean over the test clips, or None; number of test clips)
     "What one network focuses on: `focus_measures`, and how far its focus is ahead in each curve of `faithfulness`, if asked."
-    c, net, test = r.config, r.network(), splits(store, r.config)[2]
+    c, net, test = r.config, r.network(), store.split(r.config.protocol)[1]
     means = focus_measures(net, store, test, c).mean().to_dict()
     for fill in FILLS if curves else ():
         for (kind, other), line in areas(faithfulness(net, store, test, c, fill)).iterrows():

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from .backbone import Features, frozen_norms
 from .skeleton import Skeleton, hop_distance
-from .stf_module import NETWORKS
 
 # %% ../nbs/06_stgcn.ipynb #e8004807
 def spatial_partition(
@@ -185,6 +184,3 @@ class STGCN(UnitBlocks):
         if (x.shape[1], *x.shape[3:]) != expected:
             raise ValueError(f"input (N,C,T,V,M) must have C,V,M = {expected}, got {(x.shape[1], *x.shape[3:])} in shape {tuple(x.shape)}")
         return _normalise_bodies(self.data_bn, x, self.coordinates)
-
-# %% ../nbs/06_stgcn.ipynb #41f38be0
-NETWORKS["stgcn"] = STGCN  # importing this module makes the name known

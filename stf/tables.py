@@ -15,12 +15,12 @@ import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .config import BENCHMARKS, Config, ConfigError
+from .checkpoints import network_class
 from .dataset import ClipStore, validation_split
+from .evaluate import class_tests
 from .experiments import STREAM_NAMES, Job, gains, make_records, paper_table, record_path, record_scores, row_config, row_jobs
 from .skeleton import SKELETONS
-from .statistics import class_tests
-from .stf_module import NETWORKS
+from .train import BENCHMARKS, Config, ConfigError
 
 # %% ../nbs/30b_tables.ipynb #dcd303c3
 def properties(
@@ -28,7 +28,7 @@ def properties(
 ) -> dict:  # the paper's property → bool
     "Which of Table 1's properties a training's network and losses have, found by looking at a small network of that kind."
     skeleton = SKELETONS["kinect20"]
-    cls = NETWORKS[config.model]
+    cls = network_class(config.model)
     small = {k: v for k, v in {"widths": (6, 6, 6), "gcn_scales": 4, "g3d_scales": 4, "windows": (3,)}.items() if k in cls.hparams}
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -300,7 +300,7 @@ def operations(
     channels = 4 if config.preprocess == "paper" and skeleton.name != "openpose18" else 3
     rows = {}
     for title, row in (("MS-G3D", "M1"), ("STF", "M4")):
-        cls = NETWORKS[row_config(config, row, 0).model]
+        cls = network_class(row_config(config, row, 0).model)
         sizes = {k: getattr(config, k) for k in cls.hparams if hasattr(config, k)}
         net = cls(**{**sizes, "num_classes": num_classes, "skeleton": skeleton, "in_channels": channels}).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -14,7 +14,7 @@ from stf.clips import Clip, ClipError, read_ntu
 from stf.export import Exported, export_onnx, onnx_difference
 from stf.runtime import OnnxNetwork, prepare_clip
 from stf.skeleton import SKELETONS
-from stf.checkpoints import load_network, save_network
+from stf.checkpoints import load_checkpoint, save_network
 from stf.stf_module import STFNet, time_cells
 from stf.synthetic import SyntheticConfig, write_synthetic
 
@@ -162,4 +162,4 @@ def test_numpy_preparation_refuses_what_it_can_not_do(recordings):
 def test_shipped_networks_say_how_their_input_is_made():
     for folder in sorted((ROOT / "data" / "weights").iterdir()):
         if (folder / "weights.safetensors").exists():
-            assert {"stream", "preprocess", "length", "num_bodies", "classes"} <= set(load_network(folder)[1])
+            assert {"stream", "preprocess", "length", "num_bodies", "classes"} <= set(load_checkpoint(folder)[1])

@@ -22,7 +22,7 @@ from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.predict import predict_all
 from stf.skeleton import SKELETONS
-from stf.checkpoints import load_network
+from stf.checkpoints import load_checkpoint
 from stf.train import Config, presets
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +79,7 @@ def batches():
 
 def networks():
     "The shipped networks in double precision, and a batch of eight stored clips."
-    nets = {name: load_network(path)[0].double() for name, path in SHIPPED.items()}
+    nets = {name: load_checkpoint(path)[0].double() for name, path in SHIPPED.items()}
     x, y = make_batch(stored_clips(), range(0, 40, 5), length=32, dtype=torch.float64)
     return nets, x, y
 
@@ -114,7 +114,7 @@ def losses():
     cases = [(name, training, "") for name in nets for training in (False, True)] + [("m4", False, option) for option in OPTIONS]
     out = {}
     for name, training, option in cases:
-        net, _ = load_network(SHIPPED[name])
+        net, _ = load_checkpoint(SHIPPED[name])
         weights = LossWeights(e=1, d=1, c=1, g=float(name != "m1"))
         terms = STFLoss(net.double().train(training), weights, **OPTIONS.get(option, {}))(x[::2], y[::2])
         for k in [k for k in ("ce", "e", "d", "c", "g") if k in terms]:
@@ -128,7 +128,7 @@ def traces():
     "The loss and its terms in ten steps of M1, STF-CE, M4 and Le, from stored weights."
     clips, out = stored_clips(), {}
     for row, terms in TERMS.items():
-        net = load_network(SHIPPED[{"M1": "m1", "Le": "le"}.get(row, "m4")])[0].double().train()
+        net = load_checkpoint(SHIPPED[{"M1": "m1", "Le": "le"}.get(row, "m4")])[0].double().train()
         config = Config.preset("synthetic", model="msg3d" if row == "M1" else "stf", losses=terms)
         objective = STFLoss(net, config.loss_weights)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum, nesterov=config.nesterov, weight_decay=config.weight_decay)

@@ -16,7 +16,7 @@ from stf.backbone import MSG3D, MultiScaleTemporalConv, frozen_norms, fuse, load
 from stf.focus import grad_cam, margin, min_max, module_focus
 from stf.losses import LossWeights, STFLoss, map_distance, mask_input
 from stf.skeleton import SKELETONS, Skeleton
-from stf.checkpoints import load_network, save_network
+from stf.checkpoints import load_checkpoint, save_network
 from stf.stf_module import STFNet, adjacency_statistics
 from stf.stgcn import STGCN
 
@@ -164,12 +164,12 @@ def test_missing_branch_is_reported_by_its_public_name(net):
 
 def test_saved_network_rebuilds_itself(tmp_path, net):
     save_network(tmp_path, net, classes=list("abcdef"))
-    again, header = load_network(tmp_path)
+    again, header = load_checkpoint(tmp_path)
     assert header["classes"] == list("abcdef") and isinstance(again, STFNet)
     assert torch.equal(again(clips()), net.eval()(clips()))
     (tmp_path / "weights.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken!!")
     with pytest.raises(ValueError, match="weights.safetensors"):
-        load_network(tmp_path)
+        load_checkpoint(tmp_path)
 
 
 def test_operations_within_the_papers_tenth():

@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from stf.clips import ClipError, open_clips, read_ntu  # noqa: E402
 from stf.dataset import ClipStore  # noqa: E402
 from stf.plot import draw_strip  # noqa: E402
-from stf.checkpoints import load_network  # noqa: E402
+from stf.checkpoints import load_checkpoint  # noqa: E402
 from stf.stf_module import STFNet  # noqa: E402
 
 WEIGHTS = Path(__file__).resolve().parent.parent / "data" / "weights"
@@ -27,7 +27,7 @@ def ntu_store(real_data, tmp_path_factory):
 @pytest.mark.parametrize("name", ["synthetic-m1", "synthetic-m4", "synthetic-le"])
 def test_raw_files_are_classified_by_the_shipped_networks(ntu_store, name):
     """Its answers mean little (it knows twenty synthetic actions); that it answers, finitely, is the point."""
-    net, header = load_network(WEIGHTS / name)
+    net, header = load_checkpoint(WEIGHTS / name)
     x, _ = ntu_store.batch(range(len(ntu_store)), header["stream"], header["preprocess"], header["length"], header["num_bodies"])
     with torch.no_grad():
         p = net(x).softmax(1)

@@ -15,7 +15,7 @@ from stf.experiments import load_records, paper_table, record_scores
 from stf.evaluate import Scores
 from stf.faithfulness import FILLS, STAGES, areas, curve, focus_measures, focus_records, focus_table, forget, ranks, take_away, turned
 from stf.losses import LossWeights, STFLoss, mask_input, permute_focus, shuffle_focus
-from stf.statistics import class_tests, differences, holm, mcnemar, paired_bootstrap, verdict
+from stf.evaluate import class_tests, differences, holm, mcnemar, paired_bootstrap, verdict
 from stf.train import Config, ConfigError, load_checkpoint, preset
 from test_experiments import quick
 from test_train import TinyStore
@@ -202,7 +202,7 @@ def test_choice_never_sees_a_test_clip(tmp_path):
 
 
 def test_operations_are_counted():
-    table = tables.operations(preset("synthetic", length=16))
+    table = tables.operations(Config.preset("synthetic", length=16))
     assert 0 < table.loc["STF", "more (%)"] < 10 and table.loc["STF", "parameters (M)"] > table.loc["MS-G3D", "parameters (M)"]
 
 
@@ -238,7 +238,7 @@ def test_every_table_on_a_set_given_as_a_folder(tmp_path, monkeypatch, capsys):
     before, after = (load_checkpoint(f"data/runs/ucla-small-mine{t}-seed0")[0].state_dict() for t in ("", "-to-other"))
     assert [k for k in before if before[k].shape != after[k].shape or not torch.equal(before[k], after[k])] == ["fc.weight", "fc.bias"]
     with pytest.raises(ConfigError, match="--to data/"):
-        cli.run_shift(preset("ucla-small"))
+        cli.run_shift(Config.preset("ucla-small"))
 
 
 # ---- is the focus faithful?

@@ -17,7 +17,7 @@ from stf.losses import LossWeights, STFLoss
 from stf.predict import CheckpointError, predict
 from stf.skeleton import SKELETONS, Skeleton
 from stf.backbone import frozen_norms
-from stf.checkpoints import load_network, save_network
+from stf.checkpoints import load_checkpoint, save_network
 from stf.stf_module import NETWORKS
 from stf.stgcn import STGCN, normalise_partition, spatial_partition
 from stf.synthetic import SyntheticConfig, write_synthetic
@@ -285,7 +285,7 @@ def test_round_trip_of_every_size(tmp_path):
     sizes = dict(widths=(4, 6, 8), layers=(1, 2, 1), temporal_kernel=3, dropout=0.25, centre="tip")
     net = stirred(STGCN(5, HAND, 4, 3, **sizes)).eval()
     save_network(tmp_path, net, classes=list("abcde"))
-    again, header = load_network(tmp_path)
+    again, header = load_checkpoint(tmp_path)
     x = clips(2, net)
     assert type(again) is STGCN and torch.equal(again(x), net(x)) and header["model"] == "stgcn"
     assert {k: getattr(again, k) for k in STGCN.hparams} == {k: getattr(net, k) for k in STGCN.hparams} and again.centre == 3
@@ -295,7 +295,7 @@ def test_unknown_name_says_what_to_do(tmp_path, monkeypatch):
     save_network(tmp_path, STGCN(5, HAND, **TINY), classes=list("abcde"), stream="joint", preprocess="paper", length=8)
     monkeypatch.delitem(NETWORKS, "stgcn")
     with pytest.raises(ValueError, match="'stgcn' is not known.*import the module"):
-        load_network(tmp_path)
+        load_checkpoint(tmp_path)
     with pytest.raises(CheckpointError, match="stgcn"):
         predict("x.skeleton", tmp_path)
 

@@ -22,7 +22,7 @@ import stf.train as train
 from safetensors.torch import save as to_bytes
 from stf.backbone import MSG3D
 from stf.clips import Clip, class_names
-from stf.config import BENCHMARKS, OTHERS
+from stf.train import BENCHMARKS, OTHERS
 from stf.dataset import ClipStore
 from stf.skeleton import SKELETONS, Skeleton
 from stf.train import (Config, ConfigError, Run, epoch_batches, learning_rate, load_checkpoint, make_header, presets,
