@@ -167,7 +167,7 @@ def load_checkpoint(path, device="cpu") -> tuple:
         refuse(file, f"weights and header disagree: {str(e)[:300]}")
     return net.to(device).eval(), header
 
-# %% ../nbs/21_checkpoints.ipynb #89563fb6
+# %% ../nbs/21_checkpoints.ipynb #b31268e6
 def is_head(net, name) -> bool:
     "Whether a tensor is of the last layer: its name begins with fc., or with the class's own HEAD."
     return name.startswith(getattr(net, "HEAD", "fc."))
@@ -181,7 +181,7 @@ def start_from(
 ) -> torch.nn.Module:
     "Load a checkpoint into a network. ConfigError names what does not fit."
     given, weights, own = read_header(path), read_tensors(path), net.state_dict()
-    header = {**header, "skeleton": asdict(net.skeleton), **{k: getattr(net, k) for k in net.hparams}}
+    header = {**header, **vars(net), "skeleton": asdict(net.skeleton)}
     other_head = new_head and given["classes"] != list(header["classes"])
     keys = ("stream", "preprocess", *USUAL, *(k for k in net.hparams if k != "num_classes"))
     for key in ("classes", "skeleton", *keys)[other_head:]:

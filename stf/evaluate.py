@@ -7,7 +7,7 @@ __all__ = ['write_file', 'write_json', 'Scores', 'top_k', 'align', 'average', 'c
            'class_difference', 'predict_scores', 'differences', 'paired_bootstrap', 'verdict', 'mcnemar', 'holm',
            'class_tests']
 
-# %% ../nbs/20_evaluate.ipynb #9443b074
+# %% ../nbs/20_evaluate.ipynb #271dc86b
 import errno
 import io
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from accelerate.utils import broadcast
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
@@ -214,7 +215,7 @@ def class_difference(
     table["difference"] = table["accuracy"] - table["baseline"]
     return table.sort_values("difference", ascending=False, kind="stable")
 
-# %% ../nbs/20_evaluate.ipynb #aac2a164
+# %% ../nbs/20_evaluate.ipynb #95be0577
 @torch.inference_mode()
 def predict_scores(
     net,  # network (N,C,T,V,M) → logits (N,K)
@@ -226,21 +227,26 @@ def predict_scores(
     num_bodies: int = 2,  # M
     batch_size: int = 64,  # clips at a time
     progress: bool = True,  # show a progress bar
+    accelerator=None,  # of several processes, each of which scores a share of the clips
     **options,  # further ones of store.batch: bodies, time
 ) -> Scores:
     """Softmax probabilities of each clip, in the order of `indices`, in evaluation mode.
 
-    Raises ValueError if a clip is given twice or the network's classes are not the store's.
+    Of several processes, the first one's running statistics count. Raises ValueError if a clip is
+    given twice or the network's classes are not the store's.
     """
-    indices, rows = np.asarray(indices, dtype=np.int64).reshape(-1), []
+    indices, rows, a = np.asarray(indices, dtype=np.int64).reshape(-1), [], accelerator
+    mine = indices[a.process_index :: a.num_processes] if a else indices
+    if a:
+        broadcast(list(net.buffers()))
     weight, modes = next(net.parameters()), {module: module.training for module in net.modules()}
     options = dict(stream=stream, preprocess=preprocess, length=length, num_bodies=num_bodies,
                    device=weight.device, dtype=weight.dtype, **options)
     net.eval()
     try:
-        starts = range(0, len(indices), batch_size)
+        starts = range(0, len(mine), batch_size)
         for start in tqdm(starts, "predict", disable=not progress, leave=False):
-            x, _ = store.batch(indices[start : start + batch_size], **options)
+            x, _ = store.batch(mine[start : start + batch_size], **options)
             rows.append(net(x).float().softmax(dim=1).cpu().numpy())
     finally:
         for module, mode in modes.items():
@@ -249,6 +255,9 @@ def predict_scores(
     probabilities = np.concatenate(rows) if rows else np.zeros((0, K), dtype=np.float32)
     if probabilities.shape[1] != K:
         raise ValueError(f"the network has {probabilities.shape[1]} classes, the store {K}")
+    if a:
+        of = dict(a.gather_for_metrics([*zip(mine, probabilities)], use_gather_object=True))
+        probabilities = np.stack([of[i] for i in indices])
     names, labels = [store.names[i] for i in indices], np.asarray(store.labels)[indices]
     return Scores(names, labels, probabilities, list(store.classes))
 

@@ -77,7 +77,7 @@ def stop_signals(once: bool = True):
         for s, handler in before.items():
             signal.signal(s, handler)
 
-# %% ../nbs/21b_process.ipynb #a7bfebc7
+# %% ../nbs/21b_process.ipynb #e153eff8
 @contextmanager
 def memory_advice(what: str):
     "MemoryError with the settings to change where memory runs out; other errors pass."
@@ -87,8 +87,8 @@ def memory_advice(what: str):
         if not re.search("out ?of ?memory|can't allocate memory|^MemoryError", repr(e), re.I):
             raise
         raise MemoryError(f"out of memory with {what}. The last checkpoint is whole: go on with a "
-                          "larger accumulate, precision='bf16' or checkpointing=True, or begin anew "
-                          "with a smaller batch_size") from e
+                          "larger accumulate, with bf16 or checkpointing, or begin anew with a "
+                          "smaller batch_size") from e
 
 # %% ../nbs/21b_process.ipynb #5e6e3386
 @contextmanager
@@ -110,9 +110,9 @@ def in_use(folder):
     finally:
         mark.unlink(missing_ok=True)
 
-# %% ../nbs/21b_process.ipynb #1d461c31
+# %% ../nbs/21b_process.ipynb #0490ed4d
 def environment(device="cpu") -> dict:
-    "Versions, commit ('+': with changes; None: from no checkout), device, threads, machine, processes."
+    "Versions, commit ('+': changed; None: no checkout), device, threads, machine, processes."
     git = ["git", "-C", str(Path(sys.modules["stf"].__file__).parent)]
     ask = lambda *args: subprocess.run([*git, *args], capture_output=True, text=True).stdout.strip()
     tracked = shutil.which("git") and ask("ls-files", "__init__.py")  # not a user's own repository

@@ -53,17 +53,17 @@ def test_save_and_load_without_pickle(tmp_path):
 
 def test_load_says_what_is_missing(tmp_path):
     np.savez(tmp_path / "other.npz", names=np.array(["a"]))
-    with pytest.raises(ValueError, match="lacks classes, labels, probabilities"):
+    with pytest.raises(ValueError, match="no classes, labels, probabilities"):
         Scores.load(tmp_path / "other.npz")
 
 
 @pytest.mark.parametrize("change, message", [
     (lambda s: Scores(s.names[:-1], s.labels[:-1], s.probabilities[:-1], s.classes), "'clip6' is missing"),
     (lambda s: Scores([*s.names[:-1], "other"], s.labels, s.probabilities, s.classes), "'clip6' is missing"),
-    (lambda s: Scores(s.names, (s.labels + 1) % 3, s.probabilities, s.classes), "labels: clip 'clip0'"),
-    (lambda s: Scores(s.names, s.labels, s.probabilities, ["class 0", "x", "class 2"]), "number 1 is 'class 1' in the first and 'x'"),
+    (lambda s: Scores(s.names, (s.labels + 1) % 3, s.probabilities, s.classes), "labels: 'clip0'"),
+    (lambda s: Scores(s.names, s.labels, s.probabilities, ["class 0", "x", "class 2"]), "number 1 is 'class 1' in one and 'x'"),
     (lambda s: Scores(s.names, s.labels, s.probabilities[:, :2], s.classes[:2]) if (s.labels < 2).all() else
-     Scores(s.names, s.labels % 2, s.probabilities[:, :2], s.classes[:2]), "classes: 3 and 2; 'class 2'"),
+     Scores(s.names, s.labels % 2, s.probabilities[:, :2], s.classes[:2]), "classes: 3 and 2"),
 ])  # fmt: skip
 def test_mismatch_names_the_first_difference(change, message):
     s = make()

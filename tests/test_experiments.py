@@ -99,12 +99,12 @@ BOTH = """
     import torch; torch.set_num_threads(1)
     import stf.train as train
     import test_experiments as t
-    begin = train.begin
+    begin = train.Training
     def noted(config, *args):
         with open({log!r}, "a") as f:
             f.write(config.name + str(config.seed) + " " + str(__import__("os").getpid()) + chr(10))
         return begin(config, *args)
-    train.begin = noted
+    train.Training = noted
     t.ablation(t.quick({folder!r} + "/run"), (0, 1), results={folder!r} + "/results", store=t.TinyStore(), progress=False)
 """
 
@@ -286,7 +286,7 @@ def typed(monkeypatch, *words):
     (["train", "ntu60-xsub-join"], 2, "did you mean 'ntu60-xsub-joint'"), (["train"], 2, "needs a preset"),
     (["train", "ucla-small", "--data", "nowhere", "--folder", "{tmp}/r"], 2, "nowhere"), (["evaluate"], 2, "at least one source"),
     (["evaluate", "{tmp}"], 2, "holds no scores"), (["info", "{tmp}/none"], 2, "no checkpoint"), (["prepare", "{tmp}/none", "{tmp}/s"], 2, "none"),
-    (["train", "ucla-small", "--lr", "-1"], 2, "lr must not be negative"), (["train", "ucla-small", "--no-such", "1"], 2, "no-such"),
+    (["train", "ucla-small", "--lr", "-1"], 2, "lr must be of type float ≥ 0"), (["train", "ucla-small", "--no-such", "1"], 2, "no-such"),
     (["trian"], 2, "trian"),
 ])  # fmt: skip
 def test_mistakes_end_in_a_line_and_an_exit_code(tmp_path, monkeypatch, capsys, words, code, message):
@@ -307,12 +307,13 @@ def test_exit_codes(monkeypatch, error, code):
 def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(cli, "run", lambda config, **k: seen.append(config) or Run(Path("r"), config, pd.DataFrame(), 50.0, []))
-    typed(monkeypatch, "train", "ucla-small-bone", "--lr", "0.1", "--widths", "6", "12", "18", "--seed", "4", "--no-nesterov", "--losses", "e", "--model", "stf")
-    assert seen[0] == Config.preset("ucla-small-bone", lr=0.1, widths=(6, 12, 18), seed=4, nesterov=False, losses="e", model="stf")
+    typed(monkeypatch, "train", "ucla-small-bone", "--lr", "0.1", "--widths", "6", "12", "18", "--seed", "4", "--no-exact", "--losses", "e", "--model", "stf",
+          "--augment.rotate", "17")
+    assert seen[0] == Config.preset("ucla-small-bone", lr=0.1, widths=(6, 12, 18), seed=4, exact=False, losses="e", model="stf", augment={"rotate": 17.0})
     with pytest.raises(SystemExit):
         typed(monkeypatch, "train", "ucla-small", "--help")
     said = capsys.readouterr().out
-    assert all(f"--{f.name.replace('_', '-')}" in said for f in fields(Config))
+    assert all(f"--{f.name.replace('_', '-')}" in said for f in fields(Config)) and "{frobenius,rms}" in said
 
 
 def test_train_goes_on_with_a_runs_folder(tmp_path, monkeypatch, made):

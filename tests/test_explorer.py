@@ -11,7 +11,7 @@ from stf.dataset import ClipStore
 from stf.explorer import Board, Scene, Shelf, explore, look_at, name_links, turn_view, view_window
 from stf.predict import Predictor, shipped_checkpoints
 from stf.skeleton import SKELETONS
-from stf.checkpoints import save_network
+from stf.checkpoints import save_checkpoint
 from stf.stf_module import STFNet
 from stf.synthetic import SyntheticConfig, write_synthetic
 
@@ -34,7 +34,7 @@ def flat_net(tmp_path_factory):
     folder = tmp_path_factory.mktemp("flat")
     torch.manual_seed(0)
     net = STFNet(3, SKELETONS["openpose18"], in_channels=3, widths=(12, 24, 48), gcn_scales=3, g3d_scales=3)
-    save_network(folder, net, classes=["a", "b", "c"], stream="joint", preprocess="paper", length=40)
+    save_checkpoint(folder / "weights", net, dict(classes=["a", "b", "c"], stream="joint", preprocess="paper", length=40))
     return folder
 
 

@@ -14,7 +14,7 @@ from stf.clips import Clip, ClipError, read_ntu
 from stf.export import Exported, export_onnx, onnx_difference
 from stf.runtime import OnnxNetwork, prepare_clip
 from stf.skeleton import SKELETONS
-from stf.checkpoints import load_checkpoint, save_network
+from stf.checkpoints import load_checkpoint, save_checkpoint
 from stf.stf_module import STFNet, time_cells
 from stf.synthetic import SyntheticConfig, write_synthetic
 
@@ -87,7 +87,7 @@ def test_a_file_that_differs_is_not_kept_and_an_old_one_stays(tmp_path):
 def test_checkpoint_to_answer_without_torch(tmp_path):
     """The whole way: a checkpoint's folder, the command's function, a raw file, a process in which torch can't be imported."""
     net = network(STFNet, 3, in_channels=4)
-    save_network(tmp_path / "run", net, classes=["a", "b", "c"], stream="bone", preprocess="paper", length=32)
+    save_checkpoint(tmp_path / "run" / "weights", net, dict(classes=["a", "b", "c"], stream="bone", preprocess="paper", length=32))
     path = export_onnx(tmp_path / "run", tmp_path / "net.onnx")
     file = write_synthetic(tmp_path / "raw", SyntheticConfig(actions=(23,), subjects=(1,), cameras=(1,)), progress=False)[0]
     code = f"""

@@ -16,7 +16,7 @@ from stf.backbone import MSG3D, MultiScaleTemporalConv, frozen_norms, fuse, load
 from stf.focus import grad_cam, margin, min_max, module_focus
 from stf.losses import LossWeights, STFLoss, map_distance, mask_input
 from stf.skeleton import SKELETONS, Skeleton
-from stf.checkpoints import load_checkpoint, save_network
+from stf.checkpoints import load_checkpoint, save_checkpoint
 from stf.stf_module import STFNet, adjacency_statistics
 from stf.stgcn import STGCN
 
@@ -163,7 +163,7 @@ def test_missing_branch_is_reported_by_its_public_name(net):
 
 
 def test_saved_network_rebuilds_itself(tmp_path, net):
-    save_network(tmp_path, net, classes=list("abcdef"))
+    save_checkpoint(tmp_path / "weights", net, dict(classes=list("abcdef"), stream="joint", preprocess="paper", length=8))
     again, header = load_checkpoint(tmp_path)
     assert header["classes"] == list("abcdef") and isinstance(again, STFNet)
     assert torch.equal(again(clips()), net.eval()(clips()))

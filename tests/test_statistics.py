@@ -16,7 +16,8 @@ from stf.evaluate import Scores
 from stf.faithfulness import FILLS, STAGES, areas, curve, focus_measures, focus_records, focus_table, forget, ranks, take_away, turned
 from stf.losses import LossWeights, STFLoss, mask_input, permute_focus, shuffle_focus
 from stf.evaluate import class_tests, differences, holm, mcnemar, paired_bootstrap, verdict
-from stf.train import Config, ConfigError, load_checkpoint, preset
+from stf.checkpoints import ConfigError, load_checkpoint
+from stf.train import Config
 from test_experiments import quick
 from test_train import TinyStore
 
@@ -130,7 +131,7 @@ def test_mask_may_leave_the_visibility():
     assert not masked[:, :3].any() and torch.equal(masked[:, 3], x[:, 3]) and not mask_input(x, q).any()
     with pytest.raises(ValueError, match="all"):
         mask_input(x, q, "some")
-    with pytest.raises(ConfigError, match="visibility channel"):
+    with pytest.raises(ConfigError, match="needs visibility"):
         Config(mask="coordinates", preprocess="msg3d")
     with pytest.raises(ValueError, match="control"):
         STFLoss(torch.nn.Identity(), LossWeights(0, 0, 0, 0), control="blind")

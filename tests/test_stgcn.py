@@ -14,11 +14,10 @@ from stf.clips import open_clips
 from stf.dataset import ClipStore
 from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
-from stf.predict import CheckpointError, predict
+from stf.predict import predict
 from stf.skeleton import SKELETONS, Skeleton
 from stf.backbone import frozen_norms
-from stf.checkpoints import load_checkpoint, save_network
-from stf.stf_module import NETWORKS
+from stf.checkpoints import load_checkpoint, save_checkpoint
 from stf.stgcn import STGCN, normalise_partition, spatial_partition
 from stf.synthetic import SyntheticConfig, write_synthetic
 from stf.train import Config, ConfigError, Run, run
@@ -29,12 +28,8 @@ TINY = dict(widths=(4, 6, 8), layers=(1, 1, 1))
 
 
 @pytest.fixture(scope="module", autouse=True)
-def the_exported_class(one_thread):
-    "A notebook that ran in this process before has entered its own class under the name."
-    held = NETWORKS["stgcn"]
-    NETWORKS["stgcn"] = STGCN
-    yield
-    NETWORKS["stgcn"] = held
+def _quiet(one_thread):
+    pass
 
 
 def stirred(net, seed=0):
@@ -284,20 +279,11 @@ def test_compiled_gradients_of_every_term_are_the_eager_ones():
 def test_round_trip_of_every_size(tmp_path):
     sizes = dict(widths=(4, 6, 8), layers=(1, 2, 1), temporal_kernel=3, dropout=0.25, centre="tip")
     net = stirred(STGCN(5, HAND, 4, 3, **sizes)).eval()
-    save_network(tmp_path, net, classes=list("abcde"))
+    save_checkpoint(tmp_path / "weights", net, dict(classes=list("abcde"), stream="joint", preprocess="paper", length=8))
     again, header = load_checkpoint(tmp_path)
     x = clips(2, net)
-    assert type(again) is STGCN and torch.equal(again(x), net(x)) and header["model"] == "stgcn"
+    assert type(again) is STGCN and torch.equal(again(x), net(x)) and header["model"] == "stf.stgcn:STGCN"
     assert {k: getattr(again, k) for k in STGCN.hparams} == {k: getattr(net, k) for k in STGCN.hparams} and again.centre == 3
-
-
-def test_unknown_name_says_what_to_do(tmp_path, monkeypatch):
-    save_network(tmp_path, STGCN(5, HAND, **TINY), classes=list("abcde"), stream="joint", preprocess="paper", length=8)
-    monkeypatch.delitem(NETWORKS, "stgcn")
-    with pytest.raises(ValueError, match="'stgcn' is not known.*import the module"):
-        load_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="stgcn"):
-        predict("x.skeleton", tmp_path)
 
 
 @pytest.fixture(scope="module")
