@@ -200,12 +200,11 @@ def start_from(
     net.load_state_dict(own | weights)
     return net
 
-# %% ../nbs/21_checkpoints.ipynb #88d21245
+# %% ../nbs/21_checkpoints.ipynb #360838e2
 def publish(path, folder) -> Path:
     "Write folder/weights.safetensors: weights in half precision, without training state."
     texts = {k: json.dumps(v) for k, v in read_header(path).items() if k != "state"}
-    half = lambda v: v.half() if v.is_floating_point() else v
-    tensors = {k: half(v) for k, v in read_tensors(path).items()}
+    tensors = {k: v.half() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
     return write_file(Path(folder) / "weights.safetensors", save(tensors, texts))
 
 # %% ../nbs/21_checkpoints.ipynb #96830cd2

@@ -7,14 +7,14 @@ __all__ = ['DROPPED', 'FOCUS', 'COUNTS', 'NTU120', 'BENCHMARKS', 'SMALL', 'UCLA'
            'PUBLIC_CLASSES', 'Config', 'check_config', 'presets', 'learning_rate', 'make_header', 'Training', 'Run',
            'same_config', 'claim', 'run', 'run_stf', 'import_msg3d']
 
-# %% ../nbs/22_train.ipynb #88feb317
+# %% ../nbs/22_train.ipynb #dd5352b4
 import json
 import math
 import operator
 import time
 from collections import namedtuple
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -24,7 +24,6 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from . import __version__
 from .augment import TIMES, Augment
 from .backbone import MSG3D, load_msg3d, use_checkpointing
 from .batches import BODY_RULES, PRESETS, STREAMS
@@ -35,12 +34,11 @@ from .clips import class_names
 from .dataset import Batches, ClipStore, splits
 from .evaluate import Scores, average, predict_scores, top_k, write_file, write_json
 from .losses import LossWeights, STFLoss
-from .process import (environment, forget_accelerator, in_use, make_accelerator,
-                         memory_advice, stop_signals)
+from .process import environment, in_use, make_accelerator, memory_advice, released, stop_signals
 from .skeleton import SKELETONS
 from .stf_module import adjacency_statistics
 
-# %% ../nbs/22_train.ipynb #d52530a8
+# %% ../nbs/22_train.ipynb #5dc76103
 @dataclass(frozen=True)
 class Config:
     "All that decides what one training computes; the defaults are the paper's on NTU RGB+D 60."
@@ -139,9 +137,8 @@ class Config:
             raise ConfigError(f"there is no preset {name!r}; {closest(name, presets())}")
         base, _, losses = name.partition("-stf-")
         if losses:
-            shared = changes.keys() & {"seed", "stf_lr", "stf_epochs", "stf_milestones"}
-            first = cls.preset(base, **{k: changes[k] for k in shared})
-            return first.second_stage(losses).replace(**changes)
+            first = {k: v for k, v in changes.items() if k.startswith(("seed", "stf_"))}
+            return cls.preset(base, **first).second_stage(losses).replace(**changes)
         stream = "bone" if base.endswith("-bone") else "joint"
         values = (BENCHMARKS | OTHERS)[base if base in OTHERS else base.removesuffix(f"-{stream}")]
         second = {f"stf_{k}": values[k] for k in ("epochs", "milestones") if k in values}
@@ -168,7 +165,7 @@ class Config:
             raise ConfigError(f"not the JSON of a configuration: {e}") from e
         for key, default in DROPPED.items():
             if (value := values.pop(key, default)) != default:
-                raise ConfigError(f"{key}={value!r} has no meaning in stf {__version__}")
+                raise ConfigError(f"{key}={value!r} has no meaning in this version of stf")
         old = {k[4:]: values.pop(k) for k in list(values) if k.startswith("aug_")}
         changed = {k: v for k, v in old.items() if v != getattr(Augment, k, None)}
         return cls(**{"augment": changed, **values})
@@ -185,10 +182,7 @@ def _typed(name, value, default):
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(name, v, "" if name == "classes" else 0) for v in value)
     if kind is Augment and isinstance(value, dict):
-        try:
-            return Augment(**value)
-        except (TypeError, ValueError) as e:
-            raise ConfigError(f"augment: {e}") from None
+        return Augment(**value)
     more = {str: Path, bool: np.bool_, int: np.integer, float: (int, np.number)}.get(kind, ())
     number, held = kind in (int, float), isinstance(value, (kind, more)) or value is default
     if not held or (number and (isinstance(value, bool) or not 0 <= value < math.inf)):
@@ -265,7 +259,7 @@ def learning_rate(c: Config, epoch: int) -> float:
         return c.lr * (1 + math.cos(math.pi * (epoch - c.warmup) / (c.epochs - c.warmup))) / 2
     return c.lr * 0.1 ** sum(epoch >= m for m in c.milestones)
 
-# %% ../nbs/22_train.ipynb #858a1867
+# %% ../nbs/22_train.ipynb #8531db31
 def make_header(c: Config, store) -> dict:
     "A checkpoint's header: what builds the network and its input, and names its outputs."
     classes, sizes = list(c.classes or store.classes), network_class(c.model).hparams
@@ -301,6 +295,8 @@ class Training:
         cuda = {"num_workers": 4, "pin_memory": True} if a.device.type == "cuda" else {}
         loader = DataLoader(self.batches, collate_fn=operator.itemgetter(0), **cuda)  # as they are
         self.loss, self.optimizer, self.loader = a.prepare(loss, optimizer, loader)
+        self.scores = partial(predict_scores, net, store, progress=False, accelerator=a,  # of clips
+                              batch_size=-(-c.batch_size // c.accumulate), **batch_options(vars(c)))
         self.compiled = torch.compile(net.features, dynamic=False) if c.compile else None
         self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[])
 
@@ -311,8 +307,7 @@ class Training:
         self.net.train(not c.train_only)
         if c.compile:
             self.net.features = self.compiled
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(c, epoch)
+        self.optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
         first, total = s["step"] * c.accumulate, 0
         what, hide = f"epoch {epoch + 1} of {c.epochs}", not (progress and a.is_main_process)
         bar = tqdm(a.skip_first_batches(self.loader, first), f"{c.name}, {what}", disable=hide)
@@ -385,12 +380,6 @@ class Training:
         a.log(line, step=s["epoch"])
         self.save()
 
-    def scores(self, clips) -> Scores:
-        "Scores of clips, in float32, shared by the processes."
-        size = -(-self.config.batch_size // self.config.accumulate)
-        return predict_scores(self.net, self.store, clips, batch_size=size, progress=False,
-                              accelerator=self.accelerator, **batch_options(vars(self.config)))
-
     def save(self, name="checkpoint"):
         "Write <name>.safetensors, with momentum and state; the first process does."
         s, scaler, held = self.state, self.accelerator.scaler, self.optimizer.state_dict()["state"]
@@ -414,7 +403,7 @@ class Training:
                 self.accelerator.scaler.load_state_dict(self.state["scaler"])
         return self
 
-# %% ../nbs/22_train.ipynb #ab30b91b
+# %% ../nbs/22_train.ipynb #da00cec3
 @dataclass
 class Run:
     "A finished training."
@@ -463,8 +452,7 @@ def claim(config: Config, data: list) -> dict:
     folder, cure = config.run_folder, "choose another name or folder, or delete it"
     finished, begun = (folder / "run.json").exists(), (folder / "checkpoint.safetensors").exists()
     if not finished and (folder / "checkpoint").is_dir():
-        raise ConfigError(f"{folder}: an unfinished run of an earlier stf can't go on; a new one "
-                          f"can start from its weights (init); {cure}")
+        raise ConfigError(f"{folder}: an unfinished run of an earlier stf can't go on; {cure}")
     if not finished and not begun:
         return {}
     held = Config.from_json((folder / "config.json").read_text())
@@ -480,44 +468,42 @@ def claim(config: Config, data: list) -> dict:
 def run(config: Config, store=None, progress: bool = True) -> Run:
     """One training, on an open ClipStore or the one in config.data: the same numbers for one seed.
 
-    Called again it returns what is finished, or goes on where it was stopped or killed. Started by
-    accelerate launch, torchrun or notebook_launcher, the processes share each step. ConfigError if
-    the folder holds another run, BlockingIOError if another process works in it, FloatingPointError
-    with the clips of a NaN; MemoryError and OSError (full disk) name the cure.
+    Called again it returns what is finished, or goes on where it was stopped or killed. Processes
+    of a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if
+    another process works in it, FloatingPointError with the clips of a NaN; others name the cure.
     """
     c, folder = config, config.run_folder
-    a = make_accelerator(c.device, c.precision, c.accumulate, c.tracker, folder)
-    finished, first = (folder / "run.json").exists(), a.is_main_process
+    finished = (folder / "run.json").exists()
     if store is None and (Path(c.data).exists() or not finished):
         store = ClipStore(c.data)
     data = store and [len(store.names), getattr(store, "header", {}).get("checksum")]
-    changed, devices = claim(c, data), [a.device] if a.device.type == "cuda" else []
-    a.wait_for_everyone()
-    if not finished:
-        with (in_use(folder) if first else nullcontext(), torch.random.fork_rng(devices),
-              memory_advice(f"batch_size={c.batch_size}, accumulate={c.accumulate}"),
-              stop_signals(once=a.num_processes == 1) as stop):
-            if first:
-                write_file(folder / "config.json", c.to_json().encode())
-            t, where = Training(c, store, a).load(), environment(a.device)
-            t.header |= {"data": data, "commit": where["commit"]}
-            s, t.began = t.state, time.perf_counter() - t.state["seconds"]
-            s["changes"] += [{k: s[k] for k in ("epoch", "step")} | changed] if changed else []
-            a.init_trackers(c.tracker, {k: str(v) for k, v in asdict(c).items()})
-            while s["epoch"] < c.epochs:
-                t.train_epoch(stop, progress)
-                t.end_epoch()
-            scores = t.scores(t.test)
-            record = {"top1": top_k(scores), "top5": top_k(scores, min(5, len(scores.classes))),
-                      "clips": [len(t.train), len(t.val), len(t.test)], "environment": where,
-                      **{k: s[k] for k in ("seconds", "history", "best", "changes") if s[k]}}
-            if first:
-                scores.save(folder / "scores.npz")
-                write_json(folder / "run.json", record)
-            [tracker.finish() for tracker in a.trackers]
+    changed = claim(c, data)
+    if finished:
+        return Run.load(folder)
+    with (released(make_accelerator(c.device, c.precision, c.accumulate, c.tracker, folder)) as a,
+          in_use(folder, a.is_main_process),
+          torch.random.fork_rng([a.device] if a.device.type == "cuda" else []),
+          memory_advice(f"batch_size={c.batch_size}, accumulate={c.accumulate}"),
+          stop_signals(once=a.num_processes == 1) as stop):
+        if a.is_main_process:
+            write_file(folder / "config.json", c.to_json().encode())
+        t, where = Training(c, store, a).load(), environment(a.device)
+        t.header |= {"data": data, "commit": where["commit"]}
+        s, t.began = t.state, time.perf_counter() - t.state["seconds"]
+        s["changes"] += [{k: s[k] for k in ("epoch", "step")} | changed] if changed else []
+        a.init_trackers(c.tracker, {k: str(v) for k, v in asdict(c).items()})
+        while s["epoch"] < c.epochs:
+            t.train_epoch(stop, progress)
+            t.end_epoch()
+        scores = t.scores(t.test)
+        record = {"top1": top_k(scores), "top5": top_k(scores, min(5, len(scores.classes))),
+                  "clips": [len(t.train), len(t.val), len(t.test)], "environment": where,
+                  **{k: s[k] for k in ("seconds", "history", "best", "changes") if s[k]}}
+        if a.is_main_process:
+            scores.save(folder / "scores.npz")
+            write_json(folder / "run.json", record)
+        [tracker.finish() for tracker in a.trackers]
         a.wait_for_everyone()
-    if a.num_processes == 1:
-        forget_accelerator()
     return Run.load(folder)
 
 # %% ../nbs/22_train.ipynb #c8282eb6
@@ -533,16 +519,15 @@ def run_stf(config: Config, store=None, progress: bool = True) -> Ensemble:
     scores = average(runs["M4"].scores, runs["Le"].scores)
     return Ensemble(runs, scores, top_k(scores))
 
-# %% ../nbs/22_train.ipynb #87673634
+# %% ../nbs/22_train.ipynb #da66d37d
 PUBLIC_CLASSES = {60: "ntu60", 120: "ntu120", 400: "kinetics400"}  # outputs → data set
 
 
 def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) -> Path:
     """Published MS-G3D weights (.pt) as folder/weights.safetensors, for init and predict.
 
-    The file doesn't tell its stream, joint or bone: give it, or a preset to check against. Skeleton
-    (or its name) and class names, in the order of outputs, follow from their numbers for the public
-    sets. CheckpointError names what is missing or doesn't fit.
+    Give its stream, joint or bone, or a preset to check against. Skeleton (or its name) and class
+    names follow from their numbers for the public sets. CheckpointError names what doesn't fit.
     """
     state = read_public(file)
     sizes = public_sizes(state, file)
