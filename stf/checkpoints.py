@@ -26,7 +26,7 @@ from .batches import BODY_RULES, PRESETS, STREAMS, in_channels
 from .evaluate import write_file
 from .skeleton import Skeleton
 
-# %% ../nbs/21_checkpoints.ipynb #3bdc146b
+# %% ../nbs/21_checkpoints.ipynb #e0bcf7b2
 class ConfigError(ValueError):
     "A setting that is unknown or out of range, or that contradicts another one or a file."
 
@@ -54,13 +54,13 @@ def network_class(name: str) -> type:
     module, _, kind = NETWORKS.get(name, name).partition(":")
     if module in {path.split(":")[0] for path in NETWORKS.values()}:
         importlib.import_module(module)
-    found = getattr(sys.modules.get(module), kind or "none", None)
-    if isinstance(found, type) and issubclass(found, torch.nn.Module):
+    found = getattr(sys.modules.get(module), "__dict__", {}).get(kind)
+    if isinstance(found, type) and issubclass(found, torch.nn.Module) and hasattr(found, "hparams"):
         return found
     hint = f"import {module} first" if ":" in name else closest(name, NETWORKS)
     raise ConfigError(f"there is no network {name!r}; {hint}")
 
-# %% ../nbs/21_checkpoints.ipynb #70d4cc50
+# %% ../nbs/21_checkpoints.ipynb #452196ab
 FORMATS = (1, 2)  # of headers; 2 may hold training state
 USUAL = {"time": "repeat", "bodies": "spread"}  # what a header means that doesn't name them
 WORDS = dict(stream=STREAMS, preprocess=PRESETS, bodies=BODY_RULES, time=TIMES)
@@ -88,7 +88,7 @@ def check_header(file, header: dict) -> dict:
     if missing := [k for k, kind in REQUIRED.items() if type(header.get(k)) is not kind]:
         refuse(file, f"its header lacks {', '.join(missing)}; pass them to save_checkpoint")
     for key, known in WORDS.items():
-        if (value := header.get(key, USUAL.get(key))) not in known:
+        if (value := header.get(key, USUAL.get(key))) not in [*known]:
             refuse(file, f"{key} {value!r} is unknown; {closest(value, known)}")
     if len(header["classes"]) != header["num_classes"]:
         refuse(file, f"{header['num_classes']} outputs, but {len(header['classes'])} class names")
@@ -98,15 +98,15 @@ def check_header(file, header: dict) -> dict:
     if coordinates(header) is None:
         refuse(file, f"{preprocess!r} makes no input of {header['in_channels']} channels")
     upright = None not in (skeleton.get("spine"), skeleton.get("shoulders"))
-    if preprocess == "msg3d" and skeleton["name"] != "openpose18" and not upright:
-        refuse(file, f"'msg3d' needs a spine and shoulders; skeleton {skeleton['name']!r} has none")
+    if preprocess == "msg3d" and skeleton.get("name") != "openpose18" and not upright:
+        refuse(file, f"'msg3d' needs a spine and shoulders: skeleton {skeleton.get('name')!r}")
     return header
 
-# %% ../nbs/21_checkpoints.ipynb #ba543966
+# %% ../nbs/21_checkpoints.ipynb #3e8b13eb
 def find_checkpoint(path) -> Path:
     "A checkpoint's file: path, with or without ending, or inside that folder. FileNotFoundError."
     first_edition = ("/checkpoint/weights", "/checkpoint.old/weights")
-    names = ("", "/checkpoint", "/weights", *first_edition)
+    names = ("/checkpoint", "/weights", *first_edition, "")
     for file in (Path(path), *(Path(f"{path}{name}.safetensors") for name in names)):
         if file.is_file():
             return file
@@ -125,10 +125,13 @@ def read_header(path) -> dict:
 
 
 def read_tensors(path, state: bool = False) -> dict:
-    "Name → tensor: the weights of a checkpoint, or those of its training state."
-    with safe_open(find_checkpoint(path), "pt") as f:
+    "Name → tensor: the weights of a checkpoint, or those of its training state; all are finite."
+    with safe_open(file := find_checkpoint(path), "pt") as f:
         names = [k for k in f.keys() if k.startswith("state/") == state]
-        return {k.removeprefix("state/"): f.get_tensor(k) for k in names}
+        tensors = {k.removeprefix("state/"): f.get_tensor(k) for k in names}
+    if not all(v.float().isfinite().all() for v in tensors.values()):
+        refuse(file, "weights that are not finite: its training has diverged, or it is damaged")
+    return tensors
 
 
 def save_checkpoint(
@@ -158,16 +161,14 @@ def build_network(header: dict) -> torch.nn.Module:
 def load_checkpoint(path, device="cpu") -> tuple:
     "(Network in evaluation mode, header). FileNotFoundError; CheckpointError says what is wrong."
     file, header, weights = find_checkpoint(path), read_header(path), read_tensors(path)
-    if not all(w.isfinite().all() for w in weights.values()):
-        refuse(file, "weights that are not finite: its training has diverged, or it is damaged")
     try:
         net = build_network(header)
         net.load_state_dict(weights)
-    except (RuntimeError, TypeError, ValueError) as e:
+    except Exception as e:  # whatever a class raises for sizes that it can't have
         refuse(file, f"weights and header disagree: {str(e)[:300]}")
     return net.to(device).eval(), header
 
-# %% ../nbs/21_checkpoints.ipynb #b31268e6
+# %% ../nbs/21_checkpoints.ipynb #5457b868
 def is_head(net, name) -> bool:
     "Whether a tensor is of the last layer: its name begins with fc., or with the class's own HEAD."
     return name.startswith(getattr(net, "HEAD", "fc."))
@@ -192,7 +193,8 @@ def start_from(
                               f"this training's {mine[:60]}")
     fresh = lambda k: k.startswith("stf.") or (other_head and is_head(net, k))
     weights = {k: v for k, v in weights.items() if not (other_head and is_head(net, k))}
-    missing = sorted(k for k in own if k not in weights and not fresh(k))
+    same = {k for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    missing = sorted(k for k in own if k not in same and not fresh(k))
     unknown = sorted(weights.keys() - own)
     if missing or unknown:
         raise ConfigError(f"can't start from {path} ({given['model']}): {len(missing)} tensors are "
@@ -200,14 +202,16 @@ def start_from(
     net.load_state_dict(own | weights)
     return net
 
-# %% ../nbs/21_checkpoints.ipynb #360838e2
+# %% ../nbs/21_checkpoints.ipynb #ada26372
 def publish(path, folder) -> Path:
     "Write folder/weights.safetensors: weights in half precision, without training state."
     texts = {k: json.dumps(v) for k, v in read_header(path).items() if k != "state"}
     tensors = {k: v.half() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
+    if not all(v.isfinite().all() for v in tensors.values()):
+        refuse(path, "weights that half precision can't hold")
     return write_file(Path(folder) / "weights.safetensors", save(tensors, texts))
 
-# %% ../nbs/21_checkpoints.ipynb #96830cd2
+# %% ../nbs/21_checkpoints.ipynb #287180d7
 def read_public(file) -> dict:
     "Name → tensor of a published .pt file, nothing of which is executed. CheckpointError."
     try:
@@ -239,7 +243,7 @@ def public_sizes(state: dict, file="the checkpoint") -> dict:
     windows = range(1 + max((i for i in range(9) if window(i) in state), default=0))
     g3d_rows, nodes = shape("gcn3d1.gcn3d.0.gcn3d.1.A_res", 2)
     widths = tuple(shape(f"gcn3d{b}.gcn3d.0.out_bn.weight", 1)[0] for b in (1, 2, 3))
-    bodies = shape("data_bn.weight", 1)[0] // (joints * min(C, 3))
+    bodies = shape("data_bn.weight", 1)[0] // max(1, joints * min(C, 3))
     return dict(num_classes=shape("fc.weight", 2)[0], joints=joints, in_channels=C, widths=widths,
                 num_bodies=bodies, gcn_scales=rows // joints, g3d_scales=g3d_rows // nodes,
                 windows=tuple(shape(window(i), 5)[3] for i in windows))

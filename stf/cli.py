@@ -182,7 +182,7 @@ def _result(r):
 # %% ../nbs/60_command_line.ipynb #9b802c08
 def _is_checkpoint(path):
     try:
-        return bool(find_checkpoint(path))
+        return find_checkpoint(path).suffix == ".safetensors"
     except FileNotFoundError:
         return False
 
@@ -351,6 +351,10 @@ def _scores_of(source, store, protocol):
         raise ConfigError(f"{source} holds no scores; name a store, so that the network can be asked: --store data/…")
     net, header = load_checkpoint(path)
     data = ClipStore(store)
+    if header["skeleton"]["joints"] != list(data.skeleton.joints):
+        raise ConfigError(f"{source} was trained on skeleton {header['skeleton']['name']!r}, {store} holds {data.skeleton.name!r}")
+    if header["classes"] != list(data.classes):  # in the network's order, without those that it doesn't know
+        data = data.subset(classes=header["classes"])
     return predict_scores(net, data, data.split(protocol)[1], **batch_options(header))
 
 # %% ../nbs/60_command_line.ipynb #ee583ec8
@@ -408,9 +412,11 @@ def named_config(
     "The configuration that a name on the command line stands for. ConfigError, with the closest preset, for an unknown one."
     path = Path(name)
     path = path / "config.json" if path.is_dir() else path
+    if path.parent == Path(name) and not path.is_file():
+        raise ConfigError(f"{name} is a folder, but none of a run: it has no config.json")
     if not path.is_file():
         return Config.preset(name)
-    config = Config.from_json(path.read_text())
+    config = Config.load(path)
     return config if path.name != "config.json" else config.replace(folder=str(path.parent))
 
 # %% ../nbs/60_command_line.ipynb #014622c4

@@ -469,12 +469,17 @@ def splits(
     train, test = (np.asarray(part, dtype=np.int64) for part in store.split(protocol))
     if not len(train) or not len(test):
         raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test clips")
+    labels = np.asarray(store.labels)[train]
+    for i in train[(labels < 0) | (labels >= len(store.classes))][:1]:
+        raise StoreError(f"clip {store.names[i]!r} is a training clip of protocol {protocol!r}, but its label is no class")
     if share < 1:
         train = fraction(store, train, share, seed, stratified)
     kept, rng = np.zeros(len(train), dtype=bool), np.random.default_rng([seed, 1])
     for label in np.unique(store.labels[train]) if validation else ():
         of_class = rng.permutation(np.flatnonzero(store.labels[train] == label))
         kept[of_class[: round(validation * len(of_class))]] = True
+    if kept.all() or (validation and not kept.any()):
+        raise StoreError(f"validation={validation} takes {kept.sum()} of the {len(train)} training clips: use another share")
     return train[~kept], train[kept], test
 
 # %% ../nbs/14_dataset.ipynb #ad21ca5a

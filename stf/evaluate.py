@@ -7,13 +7,14 @@ __all__ = ['write_file', 'write_json', 'Scores', 'top_k', 'align', 'average', 'c
            'class_difference', 'predict_scores', 'differences', 'paired_bootstrap', 'verdict', 'mcnemar', 'holm',
            'class_tests']
 
-# %% ../nbs/20_evaluate.ipynb #271dc86b
+# %% ../nbs/20_evaluate.ipynb #f4940ca1
 import errno
 import io
 import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from accelerate.utils import broadcast
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-# %% ../nbs/20_evaluate.ipynb #73cba928
+# %% ../nbs/20_evaluate.ipynb #ef283645
 def write_file(
     path,  # file to write; its folder is made if needed
     data: bytes,
@@ -110,11 +111,13 @@ class Scores:
         cls,
         path,  # a file written by save
     ) -> "Scores":
-        "What `save` wrote. Raises ValueError if something is missing from the file."
-        with np.load(path, allow_pickle=False) as z:
-            if missing := {"names", "labels", "probabilities", "classes"} - set(z.files):
-                raise ValueError(f"{path}: no file of scores: no {', '.join(sorted(missing))}")
-            return cls(z["names"].tolist(), z["labels"], z["probabilities"], z["classes"].tolist())
+        "What `save` wrote. ValueError that names the file if it holds something else."
+        try:
+            with np.load(path, allow_pickle=False) as z:
+                arrays = [z[k] for k in ("names", "labels", "probabilities", "classes")]
+            return cls(arrays[0].tolist(), *arrays[1:3], arrays[3].tolist())
+        except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as e:
+            raise ValueError(f"{path}: not a file of scores: {e}") from e
 
 # %% ../nbs/20_evaluate.ipynb #05b65a85
 def top_k(scores: Scores, k: int = 1) -> float:
@@ -215,7 +218,7 @@ def class_difference(
     table["difference"] = table["accuracy"] - table["baseline"]
     return table.sort_values("difference", ascending=False, kind="stable")
 
-# %% ../nbs/20_evaluate.ipynb #95be0577
+# %% ../nbs/20_evaluate.ipynb #c1de3a49
 @torch.inference_mode()
 def predict_scores(
     net,  # network (N,C,T,V,M) → logits (N,K)
@@ -233,7 +236,7 @@ def predict_scores(
     """Softmax probabilities of each clip, in the order of `indices`, in evaluation mode.
 
     Of several processes, the first one's running statistics count. Raises ValueError if a clip is
-    given twice or the network's classes are not the store's.
+    given twice, or if the network has another number of classes.
     """
     indices, rows, a = np.asarray(indices, dtype=np.int64).reshape(-1), [], accelerator
     mine = indices[a.process_index :: a.num_processes] if a else indices

@@ -28,7 +28,7 @@ from .dataset import ClipStore, splits
 from .evaluate import Scores, average, class_difference, differences, paired_bootstrap, top_k, verdict, write_json
 from .focus import grad_cam, resample_focus
 from .plot import draw_class_difference, draw_strip
-from .process import make_accelerator, released
+from .process import one_accelerator
 from .synthetic import write_synthetic
 from .train import Config, ConfigError, Training, presets, run, same_config
 
@@ -217,7 +217,7 @@ def _average_job(job):
 def _second_step(config, store):
     "Seconds of the second step of a training; nobody's random numbers change."
     with torch.random.fork_rng(range(torch.cuda.device_count())):
-        with released(make_accelerator(config.device)) as a:
+        with one_accelerator(config.device) as a:
             t = Training(config.replace(init=None, train_only=""), store, a)
             t.net.train()
             x, y = (part.to(a.device) for part in t.batches[0])

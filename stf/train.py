@@ -7,7 +7,7 @@ __all__ = ['DROPPED', 'FOCUS', 'COUNTS', 'NTU120', 'BENCHMARKS', 'SMALL', 'UCLA'
            'PUBLIC_CLASSES', 'Config', 'check_config', 'presets', 'learning_rate', 'make_header', 'Training', 'Run',
            'same_config', 'claim', 'run', 'run_stf', 'import_msg3d']
 
-# %% ../nbs/22_train.ipynb #dd5352b4
+# %% ../nbs/22_train.ipynb #f855cd77
 import json
 import math
 import operator
@@ -34,11 +34,11 @@ from .clips import class_names
 from .dataset import Batches, ClipStore, splits
 from .evaluate import Scores, average, predict_scores, top_k, write_file, write_json
 from .losses import LossWeights, STFLoss
-from .process import environment, in_use, make_accelerator, memory_advice, released, stop_signals
+from .process import environment, in_use, memory_advice, one_accelerator, stop_signals
 from .skeleton import SKELETONS
 from .stf_module import adjacency_statistics
 
-# %% ../nbs/22_train.ipynb #5dc76103
+# %% ../nbs/22_train.ipynb #4f79edd7
 @dataclass(frozen=True)
 class Config:
     "All that decides what one training computes; the defaults are the paper's on NTU RGB+D 60."
@@ -159,19 +159,24 @@ class Config:
     @classmethod
     def from_json(cls, text: str) -> "Config":
         "From to_json's text, of earlier versions too. ConfigError for what has no meaning now."
-        try:
-            values = dict(json.loads(text))
-        except (ValueError, TypeError) as e:
-            raise ConfigError(f"not the JSON of a configuration: {e}") from e
+        values = {**json.loads(text)}
+        values.pop("evaluate_every", None)  # which decided nothing
         for key, default in DROPPED.items():
             if (value := values.pop(key, default)) != default:
                 raise ConfigError(f"{key}={value!r} has no meaning in this version of stf")
         old = {k[4:]: values.pop(k) for k in list(values) if k.startswith("aug_")}
-        changed = {k: v for k, v in old.items() if v != getattr(Augment, k, None)}
-        return cls(**{"augment": changed, **values})
+        return cls(**{"augment": old, **values})
+
+    @classmethod
+    def load(cls, path) -> "Config":
+        "From a run's config.json, or another file. ConfigError names it."
+        try:
+            return cls.from_json(Path(path).read_text())
+        except (ValueError, TypeError) as e:
+            raise ConfigError(f"{path}: not a configuration: {e}") from e
 
 
-DROPPED = dict(version=1, ema=0.0, sync_bn=False, nesterov=True, decay=0.1, evaluate_every=0)
+DROPPED = dict(version=1, ema=0.0, sync_bn=False, nesterov=True, decay=0.1)
 FOCUS = ("score", "norm", "coherence", "guide", "mask", "control")  # of the focus losses
 COUNTS = "length num_bodies gcn_scales g3d_scales epochs batch_size stf_epochs accumulate".split()
 
@@ -181,11 +186,11 @@ def _typed(name, value, default):
     kind = str if default is None else type(default)
     if kind is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(name, v, "" if name == "classes" else 0) for v in value)
-    if kind is Augment and isinstance(value, dict):
+    if kind is Augment and isinstance(value, dict) and value.keys() <= vars(default).keys():
         return Augment(**value)
     more = {str: Path, bool: np.bool_, int: np.integer, float: (int, np.number)}.get(kind, ())
     number, held = kind in (int, float), isinstance(value, (kind, more)) or value is default
-    if not held or (number and (isinstance(value, bool) or not 0 <= value < math.inf)):
+    if not held or (number and (isinstance(value, bool) or not 0 <= value < 1e300)):
         raise ConfigError(f"{name} must be of type {kind.__name__}{' ≥ 0' * number}, got {value!r}")
     return value if value is None or kind is Augment else kind(value)
 
@@ -259,7 +264,7 @@ def learning_rate(c: Config, epoch: int) -> float:
         return c.lr * (1 + math.cos(math.pi * (epoch - c.warmup) / (c.epochs - c.warmup))) / 2
     return c.lr * 0.1 ** sum(epoch >= m for m in c.milestones)
 
-# %% ../nbs/22_train.ipynb #8531db31
+# %% ../nbs/22_train.ipynb #4e6667b3
 def make_header(c: Config, store) -> dict:
     "A checkpoint's header: what builds the network and its input, and names its outputs."
     classes, sizes = list(c.classes or store.classes), network_class(c.model).hparams
@@ -394,16 +399,20 @@ class Training:
         "Go back to the run's checkpoint, if there is one."
         file, held = self.config.run_folder / "checkpoint.safetensors", self.optimizer.state_dict()
         if file.exists():
-            self.net.load_state_dict(read_tensors(file))
-            momentum = read_tensors(file, state=True).items()
-            held["state"] = {int(i): {"momentum_buffer": v} for i, v in momentum}
+            (net, header), momentum = load_checkpoint(file), read_tensors(file, state=True)
+            self.net.load_state_dict(net.state_dict())
+            known = {str(i): p.shape for i, p in enumerate(self.trained) if self.config.momentum}
+            state = header.get("state") or {}
+            if self.state.keys() - state or {k: v.shape for k, v in momentum.items()} != known:
+                refuse(file, "its training state is damaged: delete it to begin anew")
+            held["state"] = {int(i): {"momentum_buffer": v} for i, v in momentum.items()}
             self.optimizer.load_state_dict(held)
-            self.state = read_header(file)["state"]
+            self.state = state
             if self.accelerator.scaler and self.state["scaler"]:
                 self.accelerator.scaler.load_state_dict(self.state["scaler"])
         return self
 
-# %% ../nbs/22_train.ipynb #da00cec3
+# %% ../nbs/22_train.ipynb #b7e80029
 @dataclass
 class Run:
     "A finished training."
@@ -421,10 +430,13 @@ class Run:
         folder = Path(folder)
         if not (folder / "run.json").exists():
             raise FileNotFoundError(f"no finished run in {folder}")
-        record = json.loads((folder / "run.json").read_text())
-        config = Config.from_json((folder / "config.json").read_text())
-        scores, history = Scores.load(folder / "scores.npz"), pd.DataFrame(record.pop("history"))
-        return cls(folder, config, history, record["top1"], scores, record)
+        scores, config = Scores.load(folder / "scores.npz"), Config.load(folder / "config.json")
+        try:
+            record = json.loads((folder / "run.json").read_text())
+            history, top1 = pd.DataFrame(record.pop("history")), record["top1"]
+        except (ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ConfigError(f"{folder / 'run.json'}: a damaged record: {e!r}") from e
+        return cls(folder, config, history, top1, scores, record)
 
     def network(self, device="cpu", best: bool = False) -> torch.nn.Module:
         "The network after the last epoch, or after the best one by validation (keep_best)."
@@ -432,7 +444,7 @@ class Run:
 
 
 FITTING = ("accumulate", "precision", "checkpointing", "compile")  # may be changed on the way
-IDLE = ("folder", "device", "data", "tracker", "stf_lr", "stf_epochs", "stf_milestones")
+IDLE = "folder device data tracker save_every stf_lr stf_epochs stf_milestones".split()
 
 
 def same_config(a: Config, b: Config) -> list:
@@ -441,7 +453,8 @@ def same_config(a: Config, b: Config) -> list:
         used = {k: v for k, v in vars(c.loss_weights).items() if v}
         idle = (*IDLE, *(f"lambda_{k}" for k in "edcg"), *(() if used else FOCUS))
         values = {k: v for k, v in asdict(c).items() if k not in idle}
-        return values | {"losses": used, "init": c.init and Path(c.init).name}
+        init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now
+        return values | {"losses": used, "init": init}
 
     a, b = computed(a), computed(b)
     return [f.name for f in fields(Config) if a.get(f.name) != b.get(f.name)]
@@ -451,16 +464,17 @@ def claim(config: Config, data: list) -> dict:
     "What changes in a begun run: name → (before, now). ConfigError if it is another run."
     folder, cure = config.run_folder, "choose another name or folder, or delete it"
     finished, begun = (folder / "run.json").exists(), (folder / "checkpoint.safetensors").exists()
-    if not finished and (folder / "checkpoint").is_dir():
+    if not finished and any((folder / old).is_dir() for old in ("checkpoint", "checkpoint.old")):
         raise ConfigError(f"{folder}: an unfinished run of an earlier stf can't go on; {cure}")
     if not finished and not begun:
         return {}
-    held = Config.from_json((folder / "config.json").read_text())
+    text = json.dumps(read_header(folder)["config"]) if begun else ""
+    held = Config.from_json(text) if begun else Config.load(folder / "config.json")
     changed = {k: (getattr(held, k), getattr(config, k)) for k in same_config(held, config)}
     if changed and (finished or not changed.keys() <= set(FITTING)):
         told = ", ".join(f"{k} {before!r} (now {now!r})" for k, (before, now) in changed.items())
         raise ConfigError(f"{folder} holds a run with another configuration: {told}; {cure}")
-    if data and read_header(folder).get("data", data) != data:
+    if data and begun and read_header(folder).get("data", data) != data:
         raise ConfigError(f"{folder} holds a run on other data: the store has changed; {cure}")
     return changed
 
@@ -468,23 +482,25 @@ def claim(config: Config, data: list) -> dict:
 def run(config: Config, store=None, progress: bool = True) -> Run:
     """One training, on an open ClipStore or the one in config.data: the same numbers for one seed.
 
-    Called again it returns what is finished, or goes on where it was stopped or killed. Processes
-    of a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if
-    another process works in it, FloatingPointError with the clips of a NaN; others name the cure.
+    Called again it returns what is finished, or goes on where it was; processes of a launcher share
+    each step. ConfigError if the folder holds another run, BlockingIOError if another process works
+    in it, FloatingPointError with the clips of a NaN.
     """
     c, folder = config, config.run_folder
     finished = (folder / "run.json").exists()
     if store is None and (Path(c.data).exists() or not finished):
         store = ClipStore(c.data)
     data = store and [len(store.names), getattr(store, "header", {}).get("checksum")]
-    changed = claim(c, data)
     if finished:
+        claim(c, data)
         return Run.load(folder)
-    with (released(make_accelerator(c.device, c.precision, c.accumulate, c.tracker, folder)) as a,
+    with (one_accelerator(c.device, c.precision, c.accumulate, c.tracker, folder) as a,
           in_use(folder, a.is_main_process),
           torch.random.fork_rng([a.device] if a.device.type == "cuda" else []),
           memory_advice(f"batch_size={c.batch_size}, accumulate={c.accumulate}"),
           stop_signals(once=a.num_processes == 1) as stop):
+        changed = claim(c, data)
+        a.wait_for_everyone()
         if a.is_main_process:
             write_file(folder / "config.json", c.to_json().encode())
         t, where = Training(c, store, a).load(), environment(a.device)
@@ -519,7 +535,7 @@ def run_stf(config: Config, store=None, progress: bool = True) -> Ensemble:
     scores = average(runs["M4"].scores, runs["Le"].scores)
     return Ensemble(runs, scores, top_k(scores))
 
-# %% ../nbs/22_train.ipynb #da66d37d
+# %% ../nbs/22_train.ipynb #accadc05
 PUBLIC_CLASSES = {60: "ntu60", 120: "ntu120", 400: "kinetics400"}  # outputs → data set
 
 
@@ -548,7 +564,7 @@ def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) ->
     classes = list(classes) or class_names(known or refuse(file, f"has {count} outputs: name them"))
     try:
         net = load_msg3d(MSG3D(skeleton=skeleton, **sizes), state)
-    except ValueError as e:
+    except (ValueError, RuntimeError, ZeroDivisionError) as e:
         refuse(file, e)
     c = c.replace(name=Path(file).stem, **own, preprocess="msg3d", length=300)
     more = {"config": asdict(c), "classes": classes, "imported": Path(file).name}

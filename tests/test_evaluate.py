@@ -53,7 +53,7 @@ def test_save_and_load_without_pickle(tmp_path):
 
 def test_load_says_what_is_missing(tmp_path):
     np.savez(tmp_path / "other.npz", names=np.array(["a"]))
-    with pytest.raises(ValueError, match="no classes, labels, probabilities"):
+    with pytest.raises(ValueError, match="other.npz: not a file of scores: .*labels"):
         Scores.load(tmp_path / "other.npz")
 
 

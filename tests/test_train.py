@@ -88,6 +88,14 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.fixture
+def interruptible():
+    """A process started in the background may ignore Ctrl-C; this one listens."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # ---- configurations
 
 
@@ -119,7 +127,8 @@ def test_paper_presets(name, lr, epochs, milestones, stage_lr):
     (lambda: Config(batchsize=3), "batch_size"), (lambda: Config().replace(ephocs=3), "epochs"),
     (lambda: Config.preset("ntu60-xsub-joints"), "ntu60-xsub-joint"), (lambda: Config.preset("ntu60-xsub-joint", strem="bone"), "stream"),
     (lambda: Config.from_json('{"version": 1, "widhts": [6]}'), "widths"), (lambda: Config.from_json('{"version": 2}'), "version=2"),
-    (lambda: Config.from_json('{"ema": 0.9}'), "ema=0.9 has no meaning"), (lambda: Config.from_json("{"), "not the JSON"),
+    (lambda: Config.from_json('{"ema": 0.9}'), "ema=0.9 has no meaning"), (lambda: Config(augment={"spin": 1}), "augment must be"),
+    (lambda: Config(lr=10**400), "lr must be of type float"),
     (lambda: Config(stream="bones"), "'bone'"), (lambda: Config(model="sft"), "'stf'"), (lambda: Config(epochs=0), "epochs must be at least 1"),
     (lambda: Config(lr=-1), "lr must be of type float ≥ 0"), (lambda: Config(lr=float("nan")), "lr must be of type float"),
     (lambda: Config(lr=True), "lr must be of type float"), (lambda: Config(lr="0.1"), "lr must be of type float"),
@@ -142,8 +151,13 @@ def test_config_errors_say_what_to_write_instead(make, message):
 def test_variants_are_checked_where_they_are_made():
     with pytest.raises(ValueError, match="flip must be a number from 0 to 1"):
         Config(augment={"flip": 2.0})
-    with pytest.raises(TypeError, match="'spin'"):
-        Config(augment={"spin": 2.0})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '{"widths": null}', '{"augment": {"flip": 7}}'])
+def test_a_file_that_holds_no_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.json: not a configuration"):
+        Config.load(tmp_path / "config.json")
 
 
 def test_values_come_in_any_form_of_their_type():
@@ -323,6 +337,7 @@ def rewrite(file, **changes):
     (lambda p: rewrite(p, length=0), "at least 1"), (lambda p: rewrite(p, length="long"), "lacks length"),
     (lambda p: rewrite(p, preprocess="msg3d"), "no input of 4 channels"), (lambda p: rewrite(p, skeleton={}), "weights and header disagree"),
     (lambda p: rewrite(p, widths=[6, 6, 12]), "weights and header disagree"), (lambda p: rewrite(p, widths=3), "weights and header disagree"),
+    (lambda p: rewrite(p, model="torch.nn:Linear"), "no network 'torch.nn:Linear'"), (lambda p: rewrite(p, bodies=[]), "bodies .. is unknown"),
     (lambda p: rewrite(p, model="posixpath:join"), "no network 'posixpath:join'"), (lambda p: rewrite(p, model="antigravity:fly"), "import antigravity first"),
 ])  # fmt: skip
 def test_spoilt_checkpoints_are_refused(tmp_path, whole, spoil, message):
@@ -335,6 +350,65 @@ def test_spoilt_checkpoints_are_refused(tmp_path, whole, spoil, message):
 
 class Own(STFNet):
     "A network of a user's own: nothing is registered anywhere."
+
+
+def test_a_folder_goes_before_a_file_of_its_name(tmp_path, whole):
+    other = run(tiny(tmp_path / "r", epochs=1), TinyStore(), progress=False)
+    net, header = load_checkpoint(whole.folder)
+    save_checkpoint(tmp_path / "r", net, header)  # r.safetensors, beside the run's folder r
+    assert same(weights(tmp_path / "r"), other.network().state_dict()) and not same(weights(tmp_path / "r"), net.state_dict())
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda header, tensors: header.pop("state"), lambda header, tensors: header["state"].pop("step"), lambda header, tensors: tensors.pop("state/3"),
+    lambda header, tensors: tensors.update({"state/3": torch.zeros(7)}), lambda header, tensors: [tensors.pop(k) for k in [*tensors] if k.startswith("state/")],
+])  # fmt: skip
+def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
+    config = tiny(tmp_path / "r")
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Pressing(5), progress=False)
+    file = config.run_folder / "checkpoint.safetensors"
+    header, tensors = read_header(file), load_file(file)
+    spoil(header, tensors)
+    save_file(tensors, file, {k: json.dumps(v) for k, v in header.items()})
+    with pytest.raises(CheckpointError, match="checkpoint.safetensors: its training state is damaged"):
+        run(config, TinyStore(), progress=False)
+
+
+def test_a_damaged_record_is_named(tmp_path, whole):
+    shutil.copytree(whole.folder, tmp_path / "r")
+    for text in ("", "{}", "null", "[]"):
+        (tmp_path / "r" / "run.json").write_text(text)
+        with pytest.raises(ConfigError, match="run.json: a damaged record"):
+            Run.load(tmp_path / "r")
+    (tmp_path / "r" / "scores.npz").write_bytes(b"")
+    with pytest.raises(ValueError, match="scores.npz: not a file of scores"):
+        Run.load(tmp_path / "r")
+
+
+def test_weights_of_another_file_are_another_start(whole):
+    stage = whole.config.second_stage("d")
+    a, b = (stage.replace(init=f"{name}/weights.safetensors") for name in ("publisher", "other"))
+    assert train.same_config(a, b) == ["init"] and not train.same_config(a, a.replace(init="moved/publisher"))
+
+
+def test_one_training_at_a_time_in_a_process(tmp_path, whole):
+    class Nested(TinyStore):
+        def batch(self, indices, **options):
+            if len(indices) > 1:
+                run(tiny(tmp_path / "inner"), TinyStore(), progress=False)
+            return super().batch(indices, **options)
+
+    with pytest.raises(RuntimeError, match="one training at a time"):
+        run(tiny(tmp_path / "outer"), Nested(), progress=False)
+    assert same(weights(run(tiny(tmp_path / "outer"), TinyStore(), progress=False).folder), weights(whole.folder))
+
+
+def test_a_signal_while_the_test_clips_are_scored_is_not_lost(tmp_path, interruptible):
+    config = tiny(tmp_path / "r", epochs=1)
+    with pytest.raises(KeyboardInterrupt, match="finished and saved"):
+        run_stf(config, Pressing(4), progress=False)
+    assert Run.load(config.run_folder).top1 >= 0 and not config.second_stage("dcg").run_folder.exists()
 
 
 def test_a_network_of_ones_own_is_trained_saved_and_resumed(tmp_path):
@@ -446,14 +520,6 @@ def test_fp16_may_leave_out_steps_but_not_for_ever(tmp_path):
     assert t.state["sums"]["clips"] == 4 and t.state["step"] == 2
 
 
-@pytest.fixture
-def interruptible():
-    """A process started in the background may ignore Ctrl-C; this one listens."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, interruptible):
     config, store = tiny(tmp_path / "c"), Pressing(2, 6)
     with pytest.raises(KeyboardInterrupt, match="stopped in epoch 1 of 3, nothing is lost"):
@@ -477,6 +543,11 @@ def test_run_works_outside_the_main_thread(tmp_path, whole):
 
 def test_a_second_process_in_the_same_folder_is_refused(tmp_path, whole):
     config = tiny(tmp_path / "u")
+    for broken in ("", "{", "null", "[1, 2, 3]", '["node", -1, 1.0]'):
+        config.run_folder.mkdir(exist_ok=True)
+        (config.run_folder / "running.json").write_text(broken)
+        with in_use(config.run_folder):
+            pass
     with in_use(config.run_folder), pytest.raises(BlockingIOError, match="is at work in"):
         run(config, TinyStore(), progress=False)
     assert same(weights(run(config, TinyStore(), progress=False).folder), weights(whole.folder))
@@ -488,6 +559,12 @@ def test_errors_before_training(tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="no CUDA device"):
             run(tiny(tmp_path / "y", device="cuda"), TinyStore(), progress=False)
+    unlabelled = TinyStore()
+    unlabelled.labels = np.where(np.arange(20) == 5, -1, unlabelled.labels)
+    for store, changes, message in ((unlabelled, {}, "'clip5' is a training clip"), (TinyStore(), dict(validation=0.99), "takes 14 of the 14"),
+                                      (TinyStore(), dict(validation=0.05, keep_best="ce"), "takes 0 of the 14")):
+        with pytest.raises(ValueError, match=message):
+            run(tiny(tmp_path / "u", **changes), store, progress=False)
     with pytest.raises(ValueError, match="can't be cut into 8 parts"):
         run(tiny(tmp_path / "z", accumulate=8), TinyStore(), progress=False)
 
