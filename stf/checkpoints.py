@@ -60,7 +60,7 @@ def network_class(name: str) -> type:
     hint = f"import {module} first" if ":" in name else closest(name, NETWORKS)
     raise ConfigError(f"there is no network {name!r}; {hint}")
 
-# %% ../nbs/21_checkpoints.ipynb #452196ab
+# %% ../nbs/21_checkpoints.ipynb #a425a756
 FORMATS = (1, 2)  # of headers; 2 may hold training state
 USUAL = {"time": "repeat", "bodies": "spread"}  # what a header means that doesn't name them
 WORDS = dict(stream=STREAMS, preprocess=PRESETS, bodies=BODY_RULES, time=TIMES)
@@ -75,7 +75,7 @@ def batch_options(header: dict) -> dict:
 
 
 def coordinates(header: dict) -> int | None:
-    "2 or 3, of which the preset makes the network's input channels; None if of neither."
+    "How many coordinates, 2 or 3, the preset makes in_channels of; None if of neither."
     flat, preprocess = header["skeleton"].get("name") == "openpose18", header["preprocess"]
     able = (2, 3) if preprocess == "paper" else (2,) if flat else (3,)
     return next((C for C in able if in_channels(C, preprocess) == header["in_channels"]), None)

@@ -23,12 +23,12 @@ from accelerate.utils import broadcast
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
-# %% ../nbs/20_evaluate.ipynb #ef283645
+# %% ../nbs/20_evaluate.ipynb #41f1f7f4
 def write_file(
     path,  # file to write; its folder is made if needed
     data: bytes,
 ) -> Path:
-    "A file written aside and renamed: it holds what it held before, or `data`, whole."
+    "Write a file atomically, aside and renamed. OSError with the cure if the disk is full."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -41,7 +41,7 @@ def write_file(
     except OSError as e:
         aside.unlink(missing_ok=True)
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "make room, then start the same run again; its last checkpoint is whole"
+            advice = "make room, then start again; what was there before is whole"
             raise OSError(e.errno, f"no room left on the disk of {path.parent}: {advice}") from e
         raise
     return path
@@ -303,14 +303,14 @@ def verdict(low: float, high: float, seeds: int) -> str:
     word = "better" if low > 0 else "worse" if high < 0 else "none"
     return word if seeds >= 5 else f"{word} ({seeds} seed{'s' * (seeds != 1)})"
 
-# %% ../nbs/20_evaluate.ipynb #df953056
+# %% ../nbs/20_evaluate.ipynb #5c95557e
 def mcnemar(wins: int, losses: int) -> float:
     "Two-sided p of McNemar's exact test (binomial with probability ½); 1 where nothing differs."
     return binomtest(wins, wins + losses).pvalue if wins or losses else 1.0
 
 
 def holm(p) -> np.ndarray:
-    "Holm's correction of all p: the chance that a true null falls below a level stays below it."
+    "Holm's adjusted p: rejecting those below α keeps the chance of any false rejection below α."
     p = np.asarray(p, dtype=np.float64)
     if p.ndim != 1 or not ((0 <= p) & (p <= 1)).all():
         raise ValueError(f"p values lie between 0 and 1; got {p}")

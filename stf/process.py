@@ -92,7 +92,7 @@ def stop_signals(once: bool = True):
     if received:
         raise KeyboardInterrupt("stopped when what was begun had been finished and saved")
 
-# %% ../nbs/21b_process.ipynb #034f2aab
+# %% ../nbs/21b_process.ipynb #d6abe35d
 @contextmanager
 def memory_advice(what: str):
     "MemoryError with the settings to change where memory runs out; other errors pass."
@@ -102,7 +102,7 @@ def memory_advice(what: str):
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not known and not re.search("CUDA.*out of memory|can't allocate memory", str(e)):
             raise
-        raise MemoryError(f"out of memory with {what}. The last checkpoint is whole: go on with a "
+        raise MemoryError(f"out of memory with {what}. Any checkpoint is whole: go on with a "
                           "larger accumulate, with bf16 or checkpointing, or begin anew with a "
                           "smaller batch_size") from e
 

@@ -38,10 +38,10 @@ from .process import environment, in_use, memory_advice, one_accelerator, stop_s
 from .skeleton import SKELETONS
 from .stf_module import adjacency_statistics
 
-# %% ../nbs/22_train.ipynb #4f79edd7
+# %% ../nbs/22_train.ipynb #d17be086
 @dataclass(frozen=True)
 class Config:
-    "All that decides what one training computes; the defaults are the paper's on NTU RGB+D 60."
+    "All that decides what one training computes; defaults: the paper's, on NTU 60, if given."
 
     name: str = "run"  # of the run
     folder: str = ""  # the run's folder; empty: data/runs/<name>-seed<seed>
@@ -57,9 +57,9 @@ class Config:
     num_bodies: int = 2  # M: bodies a clip
     time: Literal[TIMES] = "repeat"  # how T frames are filled: repeat, or resize (interpolation)
     bodies: Literal[tuple(BODY_RULES)] = "spread"  # which, if there are more (paper, 3D)
-    augment: Augment = Augment()  # random variants of the training clips, e.g. {"rotate": 17}
+    augment: Augment = Augment()  # random variants of the training clips
 
-    model: str = "msg3d"  # msg3d, stf, stgcn, or an import path, package.module:Class
+    model: str = "msg3d"  # msg3d, stf, stgcn, or module:Class of a module that you have imported
     widths: tuple[int, ...] = (96, 192, 384)  # channels of the three blocks
     gcn_scales: int = 13  # scales of the graph convolutions
     g3d_scales: int = 6  # scales of the windowed ones
@@ -75,7 +75,7 @@ class Config:
     momentum: float = 0.9  # of SGD (Nesterov's form), as in the public recipe
     weight_decay: float = 5e-4  # on all parameters
     schedule: Literal["step", "cosine"] = "step"  # of the learning rate
-    milestones: tuple[int, ...] = (20, 35, 45)  # step: epochs at which the rate falls to a tenth
+    milestones: tuple[int, ...] = (20, 35, 45)  # step: epochs, from 0, at which it falls to a tenth
     warmup: int = 0  # epochs over which the rate rises to the initial one
     clip_grad: float = 0.0  # largest norm of a step's gradient; 0: not clipped
 
@@ -88,11 +88,11 @@ class Config:
     norm: Literal["frobenius", "rms"] = "frobenius"  # of differences of maps
     coherence: Literal["pathways", "blocks"] = "pathways"  # which maps L_c compares
     guide: bool = False  # L_c: the higher map is a target
-    mask: Literal["all", "coordinates"] = "all"  # channels that L_e masks; or all but visibility
-    control: Literal["", "shuffled", "random"] = ""  # L_Gk: another clip's focus; L_e: random
+    mask: Literal["all", "coordinates"] = "all"  # channels that L_e masks (coordinates: 3 of 4)
+    control: Literal["", "shuffled", "random"] = ""  # wrong focus, another clip's (g) or random (e)
     stf_lr: float = 1e-3  # initial rate of a second stage that starts from this run
-    stf_epochs: int = 50  # its epochs (not in the paper; as many as the first)
-    stf_milestones: tuple[int, ...] = (20, 35, 45)  # its milestones
+    stf_epochs: int = 50  # the second stage's epochs (not in the paper; as many as the first)
+    stf_milestones: tuple[int, ...] = (20, 35, 45)  # the second stage's milestones
 
     precision: Literal["float32", "bf16", "fp16"] = "float32"  # of the forward pass; fp16: CUDA
     accumulate: int = 1  # micro-batches a step in each process: less memory
@@ -264,7 +264,7 @@ def learning_rate(c: Config, epoch: int) -> float:
         return c.lr * (1 + math.cos(math.pi * (epoch - c.warmup) / (c.epochs - c.warmup))) / 2
     return c.lr * 0.1 ** sum(epoch >= m for m in c.milestones)
 
-# %% ../nbs/22_train.ipynb #4e6667b3
+# %% ../nbs/22_train.ipynb #ee63a6f2
 def make_header(c: Config, store) -> dict:
     "A checkpoint's header: what builds the network and its input, and names its outputs."
     classes, sizes = list(c.classes or store.classes), network_class(c.model).hparams
@@ -303,7 +303,8 @@ class Training:
         self.scores = partial(predict_scores, net, store, progress=False, accelerator=a,  # of clips
                               batch_size=-(-c.batch_size // c.accumulate), **batch_options(vars(c)))
         self.compiled = torch.compile(net.features, dynamic=False) if c.compile else None
-        self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[])
+        self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[],
+                          processes=a.num_processes)
 
     def train_epoch(self, stop=(), progress=True):
         "The steps of the epoch that are left. KeyboardInterrupt, after saving, if stop is filled."
@@ -349,7 +350,7 @@ class Training:
             found = ", ".join(f"{k} {v / len(clips):.4g}" for k, v in zip(terms, values))
             raise FloatingPointError(
                 f"epoch {s['epoch'] + 1}, step {s['step'] + 1}: not finite ({found}, gradient norm "
-                f"{norm:.4g}). The last checkpoint is whole; a lower lr helps if the clips are in "
+                f"{norm:.4g}). Any checkpoint is whole; a lower lr helps if the clips are in "
                 f"order. Clips of this step: {', '.join(str(self.store.names[i]) for i in clips)}")
         for k, v in zip(["clips", *terms], [len(clips), *values]):
             s["sums"][k] = s["sums"].get(k, 0.0) + v
@@ -412,7 +413,7 @@ class Training:
                 self.accelerator.scaler.load_state_dict(self.state["scaler"])
         return self
 
-# %% ../nbs/22_train.ipynb #b7e80029
+# %% ../nbs/22_train.ipynb #dbe8e0fd
 @dataclass
 class Run:
     "A finished training."
@@ -456,8 +457,8 @@ def same_config(a: Config, b: Config) -> list:
         init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now
         return values | {"losses": used, "init": init}
 
-    a, b = computed(a), computed(b)
-    return [f.name for f in fields(Config) if a.get(f.name) != b.get(f.name)]
+    one, other = computed(a), computed(b)
+    return [k for k in vars(a) if one.get(k) != other.get(k)]
 
 
 def claim(config: Config, data: list) -> dict:
@@ -472,8 +473,8 @@ def claim(config: Config, data: list) -> dict:
     held = Config.from_json(text) if begun else Config.load(folder / "config.json")
     changed = {k: (getattr(held, k), getattr(config, k)) for k in same_config(held, config)}
     if changed and (finished or not changed.keys() <= set(FITTING)):
-        told = ", ".join(f"{k} {before!r} (now {now!r})" for k, (before, now) in changed.items())
-        raise ConfigError(f"{folder} holds a run with another configuration: {told}; {cure}")
+        told = [f"{k} {was!r} (now {now!r})" for k, (was, now) in changed.items() if was != now]
+        raise ConfigError(f"{folder} holds a run with another configuration: {', '.join(told)}; {cure}")
     if data and begun and read_header(folder).get("data", data) != data:
         raise ConfigError(f"{folder} holds a run on other data: the store has changed; {cure}")
     return changed
@@ -482,9 +483,9 @@ def claim(config: Config, data: list) -> dict:
 def run(config: Config, store=None, progress: bool = True) -> Run:
     """One training, on an open ClipStore or the one in config.data: the same numbers for one seed.
 
-    Called again it returns what is finished, or goes on where it was; processes of a launcher share
-    each step. ConfigError if the folder holds another run, BlockingIOError if another process works
-    in it, FloatingPointError with the clips of a NaN.
+    Called again it returns what is finished, or goes on after its last checkpoint; the processes of
+    a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if a
+    process works in it, FloatingPointError with the clips of a NaN; KeyboardInterrupt, all saved.
     """
     c, folder = config, config.run_folder
     finished = (folder / "run.json").exists()
@@ -506,6 +507,9 @@ def run(config: Config, store=None, progress: bool = True) -> Run:
         t, where = Training(c, store, a).load(), environment(a.device)
         t.header |= {"data": data, "commit": where["commit"]}
         s, t.began = t.state, time.perf_counter() - t.state["seconds"]
+        if s["processes"] != a.num_processes:
+            changed["processes"] = s["processes"], a.num_processes
+            s["processes"] = a.num_processes
         s["changes"] += [{k: s[k] for k in ("epoch", "step")} | changed] if changed else []
         a.init_trackers(c.tracker, {k: str(v) for k, v in asdict(c).items()})
         while s["epoch"] < c.epochs:

@@ -15,7 +15,7 @@ import psutil  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate import notebook_launcher  # noqa: E402
-from test_train import TinyStore, same, tiny, weights  # noqa: E402
+from test_train import Pressing, TinyStore, interruptible, same, tiny, weights  # noqa: E402, F401
 
 from stf.checkpoints import ConfigError, load_checkpoint, read_header  # noqa: E402
 from stf.experiments import ablation  # noqa: E402
@@ -120,6 +120,16 @@ def test_scores_are_complete_and_in_order_in_every_process(two):
     np.testing.assert_allclose(r.scores.probabilities, r.network()(x).softmax(1).detach().numpy(), atol=1e-6)
     assert r.record["environment"]["processes"] == 2 and all("lr 0.05 (now 0.3)" in t["error"] for t in told)
     assert r.record["best"]["epoch"] == read_header(r.folder / "best")["epoch"]
+
+
+def test_a_run_begun_by_one_process_goes_on_in_two(tmp_path, interruptible):  # noqa: F811
+    "And its record says so."
+    config = tiny(tmp_path / "r", model="stf", losses="ed", batch_size=6, epochs=6, save_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, Pressing(8), progress=False)
+    assert launch("long", tmp_path / "r").wait(timeout=300) == 0
+    r = Run.load(tmp_path / "r")
+    assert len(r.history) == 6 and [c["processes"] for c in r.record["changes"]] == [[1, 2]]
 
 
 def long_run(folder):

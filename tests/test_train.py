@@ -580,7 +580,7 @@ def test_a_full_disk_is_named_and_nothing_is_lost(tmp_path, whole, monkeypatch):
 
     config = tiny(tmp_path / "d")
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OSError, match=r"no room left on the disk of .*d: make room, then start the same run again"):
+    with pytest.raises(OSError, match=r"no room left on the disk of .*d: make room, then start again"):
         run(config, TinyStore(), progress=False)
     monkeypatch.undo()
     assert not list(config.run_folder.glob("*.new")) and load_checkpoint(config.run_folder)
