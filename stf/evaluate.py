@@ -306,7 +306,7 @@ def verdict(low: float, high: float, seeds: int) -> str:
 # %% ../nbs/20_evaluate.ipynb #5c95557e
 def mcnemar(wins: int, losses: int) -> float:
     "Two-sided p of McNemar's exact test (binomial with probability ½); 1 where nothing differs."
-    return binomtest(wins, wins + losses).pvalue if wins or losses else 1.0
+    return float(binomtest(wins, wins + losses).pvalue) if wins or losses else 1.0
 
 
 def holm(p) -> np.ndarray:

@@ -474,7 +474,8 @@ def claim(config: Config, data: list) -> dict:
     changed = {k: (getattr(held, k), getattr(config, k)) for k in same_config(held, config)}
     if changed and (finished or not changed.keys() <= set(FITTING)):
         told = [f"{k} {was!r} (now {now!r})" for k, (was, now) in changed.items() if was != now]
-        raise ConfigError(f"{folder} holds a run with another configuration: {', '.join(told)}; {cure}")
+        text = "holds a run with another configuration"
+        raise ConfigError(f"{folder} {text}: {', '.join(told)}; {cure}")
     if data and begun and read_header(folder).get("data", data) != data:
         raise ConfigError(f"{folder} holds a run on other data: the store has changed; {cure}")
     return changed
