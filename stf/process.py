@@ -125,13 +125,14 @@ def in_use(folder, first: bool = True):
         draft = write_file(mark.with_name(f"running-{me.pid}.json"), own.encode())
         try:
             os.link(draft, mark)  # which fails where another process was faster
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # and perhaps tidied up
             alive = True
-        draft.unlink()
+        draft.unlink(missing_ok=True)
     if alive:
         raise BlockingIOError(f"process {pid} is at work in {folder}: wait for it, or stop it")
-    for left in Path(folder).glob("*.safetensors.*.new"):  # of a process that was killed
-        left.unlink(missing_ok=True)
+    for pattern in ("*.[0-9]*.new", "running-*.json"):  # drafts of a process that was killed
+        for left in Path(folder).glob(pattern):
+            left.unlink(missing_ok=True)
     try:
         yield
     finally:
