@@ -21,11 +21,13 @@ from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
 
 import stf.train as train
+from stf import cli
 from stf.augment import Augment
 from stf.backbone import MSG3D
 from stf.checkpoints import CheckpointError, ConfigError, load_checkpoint, publish, read_header, save_checkpoint, start_from
 from stf.clips import Clip, class_names
 from stf.dataset import ClipStore, epoch_batches
+from stf.evaluate import top_k
 from stf.process import in_use, make_accelerator
 from stf.skeleton import SKELETONS, Skeleton
 from stf.stf_module import STFNet
@@ -829,6 +831,8 @@ def clips(tmp_path_factory):
 def test_some_classes_only(tmp_path, clips):
     r = run(tiny(tmp_path / "s", protocol="mine", classes=("c", "a"), epochs=1), clips, progress=False)
     assert r.scores.classes == ["c", "a"] and r.record["clips"] == [13, 0, 7] and load_checkpoint(r.folder)[1]["classes"] == ["c", "a"]
+    scores = cli._scores_of(r.folder / "checkpoint", clips.folder, "mine")  # stf evaluate … --store: in the network's order of classes
+    assert scores.classes == ["c", "a"] and top_k(scores) == r.top1 and set(scores.names) == set(r.scores.names)
     with pytest.raises(ValueError, match="'d'"):
         run(tiny(tmp_path / "t", protocol="mine", classes=("a", "d")), clips, progress=False)
 
