@@ -51,7 +51,7 @@ def write_json(path, value):
     "Write JSON aside and rename it."
     write_file(path, json.dumps(value, indent=1).encode())
 
-
+# %% ../nbs/20_evaluate.ipynb #f40cd6cc
 @dataclass
 class Scores:
     """Class probabilities of N clips, K classes, from one network or averaged over several.

@@ -27,7 +27,6 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
 from . import __version__
 from .checkpoints import ConfigError
-from .evaluate import write_file
 
 # %% ../nbs/21b_process.ipynb #83f506c2
 def make_accelerator(
@@ -119,20 +118,18 @@ def in_use(folder, first: bool = True):
         node, pid, began = json.loads(mark.read_text())
         alive = node == platform.node() and abs(psutil.Process(pid).create_time() - began) < 10
     except (OSError, ValueError, TypeError, psutil.Error):
-        alive, pid = False, "another"
-    if not alive:
-        mark.unlink(missing_ok=True)
-        draft = write_file(mark.with_name(f"running-{me.pid}.json"), own.encode())
-        try:
-            os.link(draft, mark)  # which fails where another process was faster
-        except (FileExistsError, FileNotFoundError):  # and perhaps tidied up
-            alive = True
-        draft.unlink(missing_ok=True)
+        alive = False
     if alive:
         raise BlockingIOError(f"process {pid} is at work in {folder}: wait for it, or stop it")
-    for pattern in ("*.[0-9]*.new", "running-*.json"):  # drafts of a process that was killed
-        for left in Path(folder).glob(pattern):
-            left.unlink(missing_ok=True)
+    mark.unlink(missing_ok=True)
+    mark.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(mark, "x") as f:  # fails where another process was faster
+            f.write(own)
+    except FileExistsError as e:
+        raise BlockingIOError(f"another process is at work in {folder}: wait for it") from e
+    for left in mark.parent.glob("*.[0-9]*.new"):  # drafts of a process that was killed
+        left.unlink(missing_ok=True)
     try:
         yield
     finally:

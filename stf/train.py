@@ -175,7 +175,7 @@ class Config:
         except (ValueError, TypeError) as e:
             raise ConfigError(f"{path}: not a configuration: {e}") from e
 
-
+# %% ../nbs/22_train.ipynb #e3c84868
 DROPPED = dict(version=1, ema=0.0, sync_bn=False, nesterov=True, decay=0.1)
 FOCUS = ("score", "norm", "coherence", "guide", "mask", "control")  # of the focus losses
 COUNTS = "length num_bodies gcn_scales g3d_scales epochs batch_size stf_epochs accumulate".split()
@@ -273,7 +273,7 @@ def make_header(c: Config, store) -> dict:
     return {**kept, "in_channels": x.shape[1], "classes": classes, "num_classes": len(classes),
             "skeleton": asdict(store.skeleton), "config": asdict(c)}
 
-
+# %% ../nbs/22_train.ipynb #7fae6193
 class Training:
     "One training: network, objective, optimizer and batches, and in `state` how far it is."
 
@@ -303,6 +303,7 @@ class Training:
         self.scores = partial(predict_scores, net, store, progress=False, accelerator=a,  # of clips
                               batch_size=-(-c.batch_size // c.accumulate), **batch_options(vars(c)))
         self.compiled = torch.compile(net.features, dynamic=False) if c.compile else None
+        self.began = time.perf_counter()
         self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[],
                           processes=a.num_processes)
 
@@ -408,7 +409,7 @@ class Training:
                 refuse(file, "its training state is damaged: delete it to begin anew")
             held["state"] = {int(i): {"momentum_buffer": v} for i, v in momentum.items()}
             self.optimizer.load_state_dict(held)
-            self.state = state
+            self.state, self.began = state, self.began - state["seconds"]
             if self.accelerator.scaler and self.state["scaler"]:
                 self.accelerator.scaler.load_state_dict(self.state["scaler"])
         return self
@@ -443,7 +444,7 @@ class Run:
         "The network after the last epoch, or after the best one by validation (keep_best)."
         return load_checkpoint(self.folder / "best" if best else self.folder, device)[0]
 
-
+# %% ../nbs/22_train.ipynb #02d8282d
 FITTING = ("accumulate", "precision", "checkpointing", "compile")  # may be changed on the way
 IDLE = "folder device data tracker save_every stf_lr stf_epochs stf_milestones".split()
 
@@ -469,18 +470,17 @@ def claim(config: Config, data: list) -> dict:
         raise ConfigError(f"{folder}: an unfinished run of an earlier stf can't go on; {cure}")
     if not finished and not begun:
         return {}
-    text = json.dumps(read_header(folder)["config"]) if begun else ""
-    held = Config.from_json(text) if begun else Config.load(folder / "config.json")
+    header, file = read_header(folder) if begun else {}, folder / "config.json"
+    held = Config.from_json(json.dumps(header["config"])) if begun else Config.load(file)
     changed = {k: (getattr(held, k), getattr(config, k)) for k in same_config(held, config)}
     if changed and (finished or not changed.keys() <= set(FITTING)):
         told = [f"{k} {was!r} (now {now!r})" for k, (was, now) in changed.items() if was != now]
-        text = "holds a run with another configuration"
-        raise ConfigError(f"{folder} {text}: {', '.join(told)}; {cure}")
-    if data and begun and read_header(folder).get("data", data) != data:
+        raise ConfigError(f"{folder} holds another configuration: {', '.join(told)}; {cure}")
+    if data and header.get("data", data) != data:
         raise ConfigError(f"{folder} holds a run on other data: the store has changed; {cure}")
     return changed
 
-
+# %% ../nbs/22_train.ipynb #c9b0849d
 def run(config: Config, store=None, progress: bool = True) -> Run:
     """One training, on an open ClipStore or the one in config.data: the same numbers for one seed.
 
@@ -507,7 +507,7 @@ def run(config: Config, store=None, progress: bool = True) -> Run:
             write_file(folder / "config.json", c.to_json().encode())
         t, where = Training(c, store, a).load(), environment(a.device)
         t.header |= {"data": data, "commit": where["commit"]}
-        s, t.began = t.state, time.perf_counter() - t.state["seconds"]
+        s = t.state
         if s["processes"] != a.num_processes:
             changed["processes"] = s["processes"], a.num_processes
             s["processes"] = a.num_processes
