@@ -21,9 +21,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save
 
-from .augment import TIMES
-from .batches import BODY_RULES, PRESETS, STREAMS, in_channels
 from .evaluate import write_file
+from .preparation import BODY_RULES, PRESETS, STREAMS, TIMES, in_channels
 from .skeleton import Skeleton
 
 # %% ../nbs/21_checkpoints.ipynb #e0bcf7b2

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Rows', 'COMMANDS', 'WITH_CONFIG', 'protocols', 'store_table', 'show_table', 'draw_sheet', 'named_skeleton', 'prepare',
-           'show_refused', 'verify_store', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2',
-           'evaluate', 'run_demo', 'named_config', 'import_public', 'call', 'main']
+           'show_refused', 'info', 'train', 'run_ablation', 'run_scarce', 'run_shift', 'run_table2', 'evaluate',
+           'run_demo', 'named_config', 'import_public', 'call', 'main']
 
 # %% ../nbs/60_command_line.ipynb #e5436add
-import hashlib
 import inspect
 import json
 import os
@@ -23,8 +22,8 @@ from matplotlib.figure import Figure
 from tyro.conf import Positional, arg
 
 from . import __version__
-from .clips import ClipError, open_clips
-from .dataset import PROTOCOLS, ClipStore, StoreError, check_files, protocol_name, read_header
+from .clips import ClipError
+from .dataset import PROTOCOLS, ClipStore, StoreError, open_input, protocol_name, verify_store
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
 from .export import export_command
 from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, table5
@@ -56,7 +55,7 @@ def store_table(
 ) -> dict:  # what: text
     "What a store holds, line by line."
     T, names = store.frames, store.classes
-    bodies = np.diff(store.packed.starts)
+    bodies, refused, skipped = store.bodies, store.header["refused"], store.header["skipped"]
     size = sum(known["bytes"] for known in store.header["files"].values())
     some = lambda items, n=4: ", ".join(items[:n]) + (", …" if len(items) > n else "")
     table = {
@@ -67,8 +66,8 @@ def store_table(
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
         "protocols": "; ".join(f"{p}: {a:,} training, {b:,} test" for p, (a, b) in protocols(store).items()) or "none (give the clips a split, or subjects)",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
-        "not readable": f"{store.header['refused']:,}",
-        "left out": f"{store.header['skipped']:,}" + (f" by the list of missing skeletons ({some(store.skipped)})" if store.header["skipped"] else ""),
+        "not readable": f"{len(refused):,}",
+        "left out": f"{len(skipped):,}" + (f" by the list of missing skeletons ({some(skipped)})" if skipped else ""),
     }
     return table
 
@@ -141,7 +140,7 @@ def prepare(
         strict: stop at the first file that can't be read, instead of listing it
         overwrite: replace a store that is already there
     """
-    clips = open_clips(source, kind or None, named_skeleton(skeleton), labels=labels or None)
+    clips = open_input(source, kind or None, named_skeleton(skeleton), labels=labels or None)
     print(getattr(clips, "summary", clips))
     made = ClipStore.build(clips, store, strict=strict, overwrite=overwrite, workers=workers)
     draw_sheet(made, Path(store) / "sheet.png")
@@ -156,23 +155,6 @@ def show_refused(store: ClipStore, most: int = 20):
         print("  " + ": ".join(part for part in row if part))
     if len(table) > most:
         print(f"  … and {len(table) - most:,} more: ClipStore({str(store.folder)!r}).refused")
-
-# %% ../nbs/60_command_line.ipynb #4c0747e7
-def verify_store(folder) -> dict:
-    "Hash every file of a store; {file: bytes and hash}. StoreError names all that have changed since it was built; nothing else is opened."
-    if not (Path(folder) / "header.json").exists():
-        raise ConfigError(f"{folder}: only stores have checksums to verify, and this is none (no header.json)")
-    files, changed = read_header(folder)["files"], []
-    check_files(folder, {"files": files})
-    for name, known in files.items():
-        found = hashlib.sha256()
-        with open(Path(folder) / name, "rb") as f:
-            for piece in iter(lambda: f.read(1 << 20), b""):
-                found.update(piece)
-        changed += [name] if found.hexdigest() != known["sha256"] else []
-    if changed:
-        raise StoreError(f"{folder}: {', '.join(changed)}: the content has changed since the store was built; copy it again, or build it again")
-    return files
 
 # %% ../nbs/60_command_line.ipynb #b06dcb83
 def _result(r):
@@ -199,7 +181,9 @@ def info(
     """
     folder = Path(what)
     if verify:
-        files = verify_store(folder)
+        if not (folder / "header.json").exists():
+            raise ConfigError(f"{what}: only stores have checksums to verify, and this is none (no header.json)")
+        files = verify_store(folder)["files"]
         print(f"{what}: all {len(files)} files ({sum(f['bytes'] for f in files.values()):,} bytes) are as they were when the store was built")
     elif not what:
         print(f"stf {__version__}; presets:\n  " + "\n  ".join(presets()))
@@ -214,7 +198,7 @@ def info(
         show_refused(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
     elif folder.exists() and not _is_checkpoint(folder):
-        print(open_clips(folder).summary)
+        print(open_input(folder).summary)
     else:
         header = read_checkpoint_header(folder)
         print(json.dumps({k: v for k, v in header.items() if k not in ("config", "skeleton", "state")} | {"skeleton": header["skeleton"]["name"]}, indent=1))

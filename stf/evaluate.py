@@ -23,6 +23,8 @@ from accelerate.utils import broadcast
 from scipy.stats import binomtest
 from tqdm.auto import tqdm
 
+from .dataset import load_batches
+
 # %% ../nbs/20_evaluate.ipynb #41f1f7f4
 def write_file(
     path,  # file to write; its folder is made if needed
@@ -243,13 +245,14 @@ def predict_scores(
     if a:
         broadcast(list(net.buffers()))
     weight, modes = next(net.parameters()), {module: module.training for module in net.modules()}
-    options = dict(stream=stream, preprocess=preprocess, length=length, num_bodies=num_bodies,
-                   device=weight.device, dtype=weight.dtype, **options)
+    options |= dict(stream=stream, preprocess=preprocess, length=length, num_bodies=num_bodies)
     net.eval()
     try:
         starts = range(0, len(mine), batch_size)
-        for start in tqdm(starts, "predict", disable=not progress, leave=False):
-            x, _ = store.batch(mine[start : start + batch_size], **options)
+        groups = [mine[start : start + batch_size] for start in starts]
+        loader = load_batches(store, groups, weight.device, dtype=weight.dtype, **options)
+        for x, _ in tqdm(loader, "predict", disable=not progress, leave=False):
+            x = x.to(weight.device, non_blocking=True)
             rows.append(net(x).float().softmax(dim=1).cpu().numpy())
     finally:
         for module, mode in modes.items():

@@ -21,12 +21,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from .batches import make_batch, pack_clips
-from .clips import Clip, ClipError, open_clips
-from .dataset import ClipStore
+from .clips import Clip, ClipError
+from .dataset import ClipStore, open_input
 from .focus import resample_focus
 from .plot import COLOURS, FOCUS_CMAP, MATRIX_CMAP, SIGNED_CMAP, STYLE, Y_DOWN, _Bodies, draw_adjacency, draw_focus, limb_groups
-from .predict import Prediction, Predictor, _predictor, _short, place_focus, trace_rows
+from .predict import Prediction, Predictor, _predictor, _short, place_focus
+from .preparation import prepare
 from .skeleton import Skeleton, multi_scale_adjacency
 
 # %% ../nbs/50_explorer.ipynb #15bac970
@@ -60,13 +60,9 @@ def view_window(
 MODULES = tuple(f"{2 * b + p + 1}: block {b + 1}, {path}" for b in range(3) for p, path in enumerate(("sgcn", "gcn3d")))
 
 
-def place_bodies(rows, packed) -> list:  # for each place in the batch: which body of the clip stands there (most of the time), −1: nobody
-    "rows (M,T) of one packed clip, from trace_rows."
-    found = []
-    for row in rows:
-        track = np.searchsorted(packed.rows, row[row >= 0], side="right") - 1
-        found.append(int(np.bincount(track).argmax()) if len(track) else -1)
-    return found
+def place_bodies(body) -> list:  # for each place: which body of the clip stands there (most of the time), −1: nobody
+    "body (M,T) from prepare."
+    return [int(np.bincount(row[row >= 0]).argmax()) if (row >= 0).any() else -1 for row in body]
 
 # %% ../nbs/50_explorer.ipynb #489ad899
 @dataclass(repr=False)
@@ -106,12 +102,11 @@ def look_at(
 ) -> Look:
     "Ask about a clip and look inside. MismatchError if it is not for these networks."
     answer, n = ask([clip], about=about)[0], ask.networks[network]
-    clip, packed = answer.clip, pack_clips([answer.clip], labels=[-1])
-    x, _ = make_batch(packed, None, n.stream, n.preprocess, n.length, n.num_bodies, ask.device, next(n.net.parameters()).dtype, n.bodies, n.time)
-    features = n.net.features(x)
-    rows = trace_rows(packed, n.preprocess, n.length, n.num_bodies, n.bodies, n.time)[0]
-    at = place_bodies(rows, packed)
-    home = lambda b: place_focus(resample_focus(b[0].float(), n.length).cpu().numpy(), rows, packed, 0, clip.present)
+    clip, weight = answer.clip, next(n.net.parameters())
+    x, body, frame = prepare(clip, **n.options)
+    features = n.net.features(torch.from_numpy(x)[None].to(ask.device, weight.dtype))
+    at = place_bodies(body)
+    home = lambda b: place_focus(resample_focus(b[0].float(), n.length).cpu().numpy(), body, frame, clip.present)
     dynamic = [_by_body(g[0].float().cpu().numpy(), at, len(clip.joints)) for g in features.dynamic]
     K = max((g.shape[1] for g in dynamic), default=3)
     static = multi_scale_adjacency(n.skeleton.adjacency(), K + 1, getattr(n.net, "exact", True))[1:]
@@ -486,7 +481,7 @@ class Shelf:
         read_at_most: int = 400,  # of files whose classes are not known before they are read
     ):
         if isinstance(source, (str, os.PathLike)):
-            source = ClipStore(source) if (Path(source) / "header.json").is_file() else open_clips(source)
+            source = open_input(source)
         self.clips = [source] if isinstance(source, Clip) else source
         if not hasattr(self.clips, "__len__") or not hasattr(self.clips, "__getitem__"):
             self.clips = list(self.clips)

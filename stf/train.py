@@ -24,9 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .augment import TIMES, Augment
 from .backbone import MSG3D, load_msg3d, use_checkpointing
-from .batches import BODY_RULES, PRESETS, STREAMS
 from .checkpoints import (INPUT, USUAL, ConfigError, batch_options, build_network, closest,
                              is_head, load_checkpoint, network_class, public_sizes, read_header,
                              read_public, read_tensors, refuse, save_checkpoint, start_from)
@@ -34,6 +32,7 @@ from .clips import class_names
 from .dataset import Batches, ClipStore, splits
 from .evaluate import Scores, average, predict_scores, top_k, write_file, write_json
 from .losses import LossWeights, STFLoss
+from .preparation import BODY_RULES, PRESETS, STREAMS, TIMES, Augment
 from .process import environment, in_use, memory_advice, one_accelerator, stop_signals
 from .skeleton import SKELETONS
 from .stf_module import adjacency_statistics
@@ -52,7 +51,7 @@ class Config:
     fraction: float = 1.0  # share of the training clips, drawn by seed (Table 4)
     stratified: bool = False  # the same share of each class
     stream: Literal[STREAMS] = "joint"  # joint, bone, joint-motion or bone-motion
-    preprocess: Literal[tuple(PRESETS)] = "paper"  # paper or msg3d
+    preprocess: Literal[PRESETS] = "paper"  # paper or msg3d
     length: int = 300  # T: frames after repetition
     num_bodies: int = 2  # M: bodies a clip
     time: Literal[TIMES] = "repeat"  # how T frames are filled: repeat, or resize (interpolation)

@@ -97,7 +97,7 @@ class Store:
         self.names, self.labels, self.classes = [f"c{i}" for i in range(n)], np.arange(n) % 3, list("abc")
         self.asked = []
 
-    def batch(self, indices, *, stream, preprocess, length, num_bodies, device, dtype):
+    def batch(self, indices, *, stream, preprocess, length, num_bodies, dtype):
         self.asked += list(indices)
         x = torch.as_tensor(np.asarray(indices), dtype=dtype).view(-1, 1, 1, 1, 1)
         return x.expand(-1, 3, length, 4, num_bodies), torch.as_tensor(self.labels[indices])

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from stf.backbone import MSG3D
-from stf.batches import make_batch
-from stf.clips import Clip, ClipError, read_ntu
+from stf.clips import read_ntu
+from stf.dataset import make_batch
 from stf.export import Exported, export_onnx, onnx_difference
-from stf.runtime import OnnxNetwork, prepare_clip
+from stf.runtime import OnnxNetwork
 from stf.skeleton import SKELETONS
 from stf.checkpoints import load_checkpoint, save_checkpoint
 from stf.stf_module import STFNet, time_cells
@@ -104,59 +104,6 @@ print(json.dumps([answer["probabilities"].tolist(), answer["focus"].shape]))
     with torch.no_grad():
         expected = net(make_batch(read_ntu(file), stream="bone", length=32).x).softmax(1)[0]
     assert np.allclose(probabilities, expected, atol=1e-4) and shape == [2, 8, 25]
-
-
-@pytest.fixture(scope="module")
-def recordings(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("raw")
-    return [read_ntu(p) for p in write_synthetic(folder, SyntheticConfig(actions=(23, 44, 55, 59), subjects=(1, 7), cameras=(1,)), progress=False)]
-
-
-@pytest.mark.parametrize("stream", ["joint", "bone", "joint-motion", "bone-motion"])
-def test_numpy_preparation_equals_the_batch(recordings, stream):
-    rng = np.random.RandomState(0)
-    for clip in recordings:
-        holes = rng.rand(*clip.visible.shape) < 0.15  # the centre and the height chain too
-        ragged = Clip(np.where(holes[..., None], 0, clip.joints), np.where(holes, 0, clip.visible), "ragged", skeleton=clip.skeleton)
-        for c in (clip, ragged):
-            for length, bodies in ((20, 1), (300, 2), (64, 3)):
-                facts = {"stream": stream, "preprocess": "paper", "length": length, "num_bodies": bodies}
-                expected = make_batch(c, stream=stream, length=length, num_bodies=bodies).x.numpy()
-                assert np.abs(prepare_clip(c, facts) - expected).max() < 1e-4
-
-
-def test_numpy_preparation_joins_tracks_that_follow_each_other(recordings):
-    clip = recordings[0]
-    T = clip.joints.shape[1] // 2
-    two = np.zeros((2, *clip.joints.shape[1:]), np.float32)
-    seen = np.zeros(two.shape[:3], np.float32)
-    two[0, :T], two[1, T:] = clip.joints[0, :T], clip.joints[0, T:]  # lost, and found again under another ID
-    seen[0, :T], seen[1, T:] = clip.visible[0, :T], clip.visible[0, T:]
-    cut = Clip(two, seen, "cut", skeleton=clip.skeleton)
-    facts = {"stream": "joint", "preprocess": "paper", "length": 64, "num_bodies": 2}
-    assert np.abs(prepare_clip(cut, facts) - make_batch(cut, length=64).x.numpy()).max() < 1e-4
-    assert not prepare_clip(cut, facts)[..., 1].any()
-
-
-def test_numpy_preparation_of_real_recordings(real_data):
-    files = sorted(real_data.rglob("*.skeleton"))[:12]
-    if not files:
-        pytest.skip(f"no .skeleton file in {real_data}")
-    for file in files:
-        try:
-            clip = read_ntu(file)
-        except ClipError:
-            continue
-        facts = {"stream": "joint", "preprocess": "paper", "length": 300, "num_bodies": 2}
-        assert np.abs(prepare_clip(clip, facts) - make_batch(clip).x.numpy()).max() < 1e-3
-
-
-def test_numpy_preparation_refuses_what_it_can_not_do(recordings):
-    facts = {"stream": "joint", "preprocess": "paper", "length": 64, "num_bodies": 2}
-    with pytest.raises(ClipError, match="msg3d"):
-        prepare_clip(recordings[0], {**facts, "preprocess": "msg3d"})
-    with pytest.raises(ClipError, match="denoise"):
-        prepare_clip(recordings[0], {**facts, "bodies": "denoise"})
 
 
 def test_shipped_networks_say_how_their_input_is_made():

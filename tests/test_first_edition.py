@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from stf.batches import make_batch
 from stf.clips import Clip, open_clips
+from stf.dataset import make_batch
 from stf.experiments import CONTRASTS, gains, load_records, table5
 from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
@@ -73,14 +73,14 @@ def batches():
         for preset in ("paper", "msg3d"):
             for stream in ("joint", "bone", "joint-motion", "bone-motion"):
                 for length, bodies in ((24, 2), (75, 1), (300, 2)):
-                    out[f"{kind}/{preset}/{stream}/{length}x{bodies}"] = sample(make_batch(some, None, stream, preset, length, bodies).x)
+                    out[f"{kind}/{preset}/{stream}/{length}x{bodies}"] = sample(make_batch(some, stream=stream, preprocess=preset, length=length, num_bodies=bodies).x)
     return out
 
 
 def networks():
     "The shipped networks in double precision, and a batch of eight stored clips."
     nets = {name: load_checkpoint(path)[0].double() for name, path in SHIPPED.items()}
-    x, y = make_batch(stored_clips(), range(0, 40, 5), length=32, dtype=torch.float64)
+    x, y = make_batch(stored_clips()[::5], length=32, dtype=torch.float64)
     return nets, x, y
 
 
@@ -133,7 +133,7 @@ def traces():
         objective = STFLoss(net, config.loss_weights)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay)
         for step in range(10):
-            x, y = make_batch(clips, range(step % 5, 40, 5), length=32, dtype=torch.float64)
+            x, y = make_batch(clips[step % 5 :: 5], length=32, dtype=torch.float64)
             optimizer.zero_grad()
             values = objective(x, y)
             values["loss"].backward()
@@ -175,10 +175,19 @@ def _quiet(one_thread):
     pass
 
 
+def body_height(x, visible, chain):
+    "A body's height as the first edition rounded it: torch sums in another order than numpy, which is a last bit of float32."
+    seen, points = visible[:, chain] > 0, torch.from_numpy(x[:, chain])
+    whole = (seen[:, 1:] & seen[:, :-1]).all(1)
+    return float(np.median((points[:, 1:] - points[:, :-1]).norm(dim=2)[whole].sum(1).numpy()))
+
+
 @pytest.mark.parametrize("name", ARRAYS)
-def test_numbers(name):
+def test_numbers(name, monkeypatch):
     "Doubles to 1e-8, batches and predictions (which are float32) to 1e-5, of the largest value of each array."
     stored = load(FIXTURES / f"{name}.npz")
+    if name in ("foci", "losses", "traces"):
+        monkeypatch.setattr("stf.preparation.body_height", body_height)
     computed, tolerance = ARRAYS[name](), 1e-5 if name in ("batches", "predictions") else 1e-8
     assert computed.keys() == stored.keys()
     for key, wanted in stored.items():

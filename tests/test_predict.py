@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from stf.backbone import MSG3D, Features
-from stf.batches import make_batch, pack_clips
 from stf.clips import Clip, ClipError, open_clips, save_clip
-from stf.dataset import ClipStore
+from stf.dataset import ClipStore, make_batch
 from stf.evaluate import average, predict_scores
 from stf.focus import module_focus
+from stf.preparation import prepare
 from stf.predict import (MismatchError, Prediction, Predictor, Stream, open_network, place_focus, predict,
-                         predict_all, predict_command, shipped_checkpoints, text_bar, trace_rows)
+                         predict_all, predict_command, shipped_checkpoints, text_bar)
 from stf.skeleton import SKELETONS, Skeleton
 from stf.checkpoints import CheckpointError, read_header, save_checkpoint
 from stf.stf_module import STFNet
@@ -85,20 +85,17 @@ def random_clip(seed, V=25, C=3, M=2, T=20, gaps=True):
 @given(st.integers(0, 10**6), st.sampled_from([(25, 3, "paper", "spread"), (25, 3, "paper", "motion"), (25, 3, "msg3d", "spread"),
                                                (18, 2, "paper", "spread"), (18, 2, "msg3d", "spread")]),
        st.integers(1, 4), st.integers(1, 40), st.integers(1, 30))  # fmt: skip
-def test_traced_rows_are_what_the_batch_shows(seed, kind, M, T, length):
-    """If a row is traced wrongly, the batch shows another posture there: distances between joints differ."""
+def test_what_is_shown_is_what_the_input_holds(seed, kind, M, T, length):
+    """If a frame or body is named wrongly, the input holds another posture there: distances between joints differ."""
     V, C, preset, rule = kind
-    clips = [random_clip(seed + k, V, C, M, T + k) for k in range(2)]
-    packed = pack_clips(clips)
-    x = make_batch(packed, length=length, preprocess=preset, num_bodies=2, bodies=rule).x[:, :C].permute(0, 4, 2, 3, 1).double().numpy()  # N,M,T,V,C
-    rows = trace_rows(packed, preset, length, 2, rule)
-    assert np.array_equal(rows >= 0, (x != 0).any((3, 4)))
+    clip = random_clip(seed, V, C, M, T)
+    x, body, frame = prepare(clip, length=length, preprocess=preset, num_bodies=2, bodies=rule)
+    x = x[:C].transpose(3, 1, 2, 0).astype(np.float64)  # M,T,V,C
+    assert np.array_equal(body >= 0, x.any((2, 3)))
     spans = lambda a: np.linalg.norm(a[..., 1:, :] - a[..., :1, :], axis=-1)
-    for n in range(2):
-        here = rows[n] >= 0
-        if not here.any():  # long clips are sampled, and may be sampled where nobody is
-            continue
-        shown, stored = spans(x[n][here]), spans(packed.joints[rows[n][here]].astype(np.float64))
+    here = body >= 0
+    if here.any():  # long clips are sampled, and may be sampled where nobody is
+        shown, stored = spans(x[here]), spans(clip.joints[body[here], frame[here]].astype(np.float64))
         scale = stored.sum() / shown.sum()  # the paper's preset divides by the height, one number a clip
         np.testing.assert_allclose(shown * scale, stored, rtol=1e-4, atol=1e-5)
 
@@ -106,20 +103,16 @@ def test_traced_rows_are_what_the_batch_shows(seed, kind, M, T, length):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(["paper", "msg3d"]), st.integers(1, 40), st.integers(1, 60))
 def test_focus_comes_home(seed, preset, T, length):
-    """A focus that tells each row's own number comes back as that number wherever the batch showed the row; 0 where nobody is."""
+    """A focus that is each place's own number of body and frame comes back as that number; 0 where nobody is."""
     clip = random_clip(seed, T=T)
-    packed = pack_clips([random_clip(seed + 1, T=3), clip])
-    rows = trace_rows(packed, preset, length, 2)[1]
-    q = np.repeat(np.where(rows >= 0, rows, 1e6)[..., None], 25, axis=2).astype(np.float64)
-    back = place_focus(q, rows, packed, 1, clip.present)
+    _, body, frame = prepare(clip, preprocess=preset, length=length)
+    number = np.where(body >= 0, 1 + 1000 * body + frame, 1e6)
+    q = np.repeat(number[..., None], 25, axis=2).astype(np.float64)
+    back = place_focus(q, body, frame, clip.present)
     assert back.shape == (2, T, 25) and (back[~clip.present] == 0).all() and back.max() < 1e6
-    offset = packed.rows[packed.starts[1]]
-    first = packed.tracks[packed.starts[1] :, 0]
-    for m in range(2):
-        for t in np.flatnonzero(clip.present[m]):
-            row = packed.rows[packed.starts[1] + m] + t - first[m]
-            if (rows == row).any():
-                assert back[m, t, 0] == np.float32(row) and row >= offset
+    for m, t in np.argwhere(clip.present):
+        if ((body == m) & (frame == t)).any():
+            assert back[m, t, 0] == 1 + 1000 * m + t
 
 
 def test_long_clips_have_focus_on_frames_between_sampled_ones(nets, people):
@@ -423,7 +416,7 @@ def test_several_paths(wrong, capsys):
     """What a shell makes of *.skeleton: each is asked about, and one that holds no recording is named."""
     code, out, err = command(capsys, "good.skeleton", (wrong["joint"],), more=("many", "notes.txt", "cut.skeleton"))
     assert code == 1 and "9 answered, 2 failed" in out
-    assert [line.split()[1].rstrip(":") for line in err.splitlines()] == ["notes.txt", "./cut.skeleton"]
+    assert [line.split()[1].rstrip(":") for line in err.splitlines()] == ["notes.txt", "cut.skeleton"]
     code, out, err = command(capsys, "good.skeleton", (wrong["joint"],), more=("nowhere",))
     assert code == 2 and err == "stf predict: nowhere: no such file or folder\n" and out == ""
     code, out, err = command(capsys, "notes.txt", (wrong["joint"],), more=("empty",))

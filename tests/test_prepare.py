@@ -75,10 +75,13 @@ def test_strict_and_nothing_readable_end_with_2(stf, tmp_path):
 
 
 def test_own_skeleton_from_a_file(stf, tmp_path):
-    (tmp_path / "plain").mkdir()
+    for folder in ("plain", "told"):
+        (tmp_path / folder).mkdir()
     for i in range(4):
-        clip = Clip(np.random.default_rng(i).normal(0, 1, (1, 5, 7, 3)), name=f"c{i}", label=i % 2, class_name=("sit", "roll over")[i % 2], skeleton=DOG)
-        save_clip(clip, tmp_path / f"plain/c{i}.npz")
+        joints, words = np.random.default_rng(i).normal(0, 1, (1, 5, 7, 3)), ("sit", "roll over")[i % 2]
+        np.savez(tmp_path / f"plain/c{i}.npz", joints=joints, label=i % 2, class_name=words)
+        save_clip(Clip(joints, name=f"c{i}", label=i % 2, class_name=words, skeleton=DOG), tmp_path / f"told/c{i}.npz")
+    assert stf("prepare told from-told")[0] == 0 and ClipStore(tmp_path / "from-told").skeleton == DOG  # the file says it
     code, _, err = stf("prepare plain store")
     assert code == 2 and "no skeleton" in err and "none with 7 joints is known" in err
     about = {"name": "dog", "joints": DOG.joints, "bones": DOG.bones, "centre": 0, "height": DOG.height}
@@ -105,8 +108,8 @@ def test_verify_names_the_damaged_file(stf, tmp_path):
     raw_files(tmp_path / "raw")
     stf("prepare raw store")
     code, out, _ = stf("info store --verify")
-    assert code == 0 and "all 7 files" in out
-    for name in ("joints.npy", "tags.jsonl", "names.json"):
+    assert code == 0 and "all 2 files" in out
+    for name in ("rows.npy", "clips.jsonl"):
         shutil.copytree(tmp_path / "store", tmp_path / "damaged", dirs_exist_ok=True)
         path = tmp_path / "damaged" / name
         data = bytearray(path.read_bytes())

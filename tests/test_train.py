@@ -22,7 +22,7 @@ from safetensors.torch import save as to_bytes
 
 import stf.train as train
 from stf import cli
-from stf.augment import Augment
+from stf.preparation import Augment
 from stf.backbone import MSG3D
 from stf.checkpoints import CheckpointError, ConfigError, load_checkpoint, publish, read_header, save_checkpoint, start_from
 from stf.clips import Clip, class_names
