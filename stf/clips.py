@@ -4,22 +4,19 @@
 
 # %% auto #0
 __all__ = ['UCLA_CLASSES', 'MAX_FRAMES', 'MAX_BODIES', 'MAX_CELLS', 'MAX_METRES', 'MAX_IMAGE', 'MAX_PEOPLE', 'PLAIN_TAGS',
-           'PLAIN_KEYS', 'MAX_RATIO', 'RATIO_FROM', 'READERS', 'KNOWN', 'ClipError', 'expect', 'as_float32',
-           'known_layout', 'Clip', 'package_lines', 'class_names', 'ntu_missing_skeletons', 'parse_ntu_name',
-           'ntu_words', 'snippet', 'ntu_rows', 'check_joints', 'listed_ranks', 'parse_ntu', 'read_source', 'stem',
-           'read_file', 'read_ntu', 'load_json', 'numbers', 'parse_ucla', 'read_ucla', 'as_scores', 'kinetics_people',
-           'parse_kinetics', 'read_kinetics', 'read_npz', 'read_npy', 'parse_plain', 'save_clip', 'read_plain',
-           'is_hidden', 'Files', 'Clips', 'start_worker', 'read_item', 'read_label_list', 'label_lists',
-           'where_of_file', 'where_of_array', 'clip_of_file', 'clip_of_arrays', 'refuse_unknown', 'find_kind',
-           'open_clips']
+           'PLAIN_TEXTS', 'PLAIN_KEYS', 'MAX_RATIO', 'RATIO_FROM', 'READERS', 'KNOWN', 'ADVICE', 'ClipError', 'expect',
+           'snippet', 'known_layout', 'as_float32', 'Clip', 'package_lines', 'class_names', 'ntu_missing_skeletons',
+           'parse_ntu_name', 'ntu_words', 'ntu_rows', 'stem', 'read_source', 'listed_ranks', 'read_ntu', 'load_json',
+           'numbers', 'whole_number', 'read_ucla', 'as_scores', 'kinetics_people', 'read_kinetics', 'read_npz',
+           'read_plain', 'save_clip', 'Files', 'Clips', 'start_worker', 'read_item', 'read_label_list', 'label_lists',
+           'clip_of_file', 'clip_of_arrays', 'refuse_unknown', 'find_kind', 'open_clips']
 
-# %% ../nbs/11_clips.ipynb #acca75a0
+# %% ../nbs/11_clips.ipynb #7706b045
 import bz2
 import gzip
 import io
 import json
 import lzma
-import math
 import os
 import re
 import stat
@@ -27,7 +24,7 @@ import tarfile
 import tempfile
 import weakref
 import zipfile
-import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.resources import files as package_files
@@ -37,10 +34,10 @@ from threading import Thread
 
 import numpy as np
 
-from .arrays import ARRAY_FORMS, open_arrays, read_npy_header
+from .arrays import ARRAY_FORMS, open_arrays
 from .skeleton import SKELETONS, Skeleton
 
-# %% ../nbs/11_clips.ipynb #f25fb71c
+# %% ../nbs/11_clips.ipynb #a9184653
 class ClipError(ValueError):
     "A recording that can't be used; reads 'path: place: reason', which are its attributes."
 
@@ -52,37 +49,45 @@ class ClipError(ValueError):
         return type(self), (self.path, self.place, self.reason)
 
 
-def expect(condition, path, place, reason):
+def expect(path, condition, reason, place=""):
+    "ClipError unless the condition holds."
     if not condition:
         raise ClipError(path, place, reason)
 
 
-def as_float32(array, name, what):
+def snippet(text):
+    "A piece of a file for an error message: short and printable."
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
+    return ascii(text if len(text) <= 24 else text[:24] + "…")
+
+# %% ../nbs/11_clips.ipynb #6c9ba5b0
+def known_layout(num_joints):
+    "The known skeleton with so many joints, or None."
+    return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
+
+
+def as_float32(array, path, what):
     "An array as float32; ClipError if it holds no numbers."
     try:
         array = np.asarray(array)
     except (TypeError, ValueError, OverflowError):
         array = np.array(None)
-    expect(array.dtype.kind in "fiub", name, what, "must be numbers in a rectangular array")
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and refused as such
+    expect(path, array.dtype.kind in "fiub", "must be numbers in a rectangular array", what)
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as infinite
         return np.ascontiguousarray(array, dtype=np.float32)
-
-# %% ../nbs/11_clips.ipynb #2572352c
-def known_layout(num_joints):
-    "The known skeleton with so many joints, or None."
-    return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
 
 
 @dataclass(repr=False, eq=False)
 class Clip:
     """One recording: M bodies, T frames, V joints, C coordinates in the source's own units.
 
-    An absent body has joints 0 and visible 0 in that frame. ClipError for wrong shapes, NaN or infinity, visibility
-    outside 0..1, no frame, no body in any frame, or a skeleton with another number of joints.
+    An absent body has joints 0 and visible 0 in that frame. ClipError for wrong shapes, NaN or
+    infinity, visibility outside 0..1, no frame, no body in any frame, or a skeleton with another
+    number of joints.
     """
 
     joints: np.ndarray  # (M,T,V,C) float32
-    visible: np.ndarray | None = None  # (M,T,V) in 0..1; None: 1 where a body's joints are not all zero
+    visible: np.ndarray | None = None  # (M,T,V) in 0..1; None: 1 where a body's joints aren't all 0
     name: str = "clip"
     label: int | None = None  # 0-based class
     skeleton: Skeleton | None = None  # None: known layout with V joints, if there is one
@@ -91,26 +96,25 @@ class Clip:
     split: dict = field(default_factory=dict)  # {"xsub": "train"}, where the source says so
 
     def __post_init__(self):
-        self.joints, name = as_float32(self.joints, self.name, "joints"), self.name
-        shape = self.joints.shape
-        expect(len(shape) == 4 and 0 not in shape, name, "joints",
-               f"must be (bodies, frames, joints, coordinates), none of them 0; got {shape}")
+        check, label = partial(expect, self.name), self.label
+        self.joints = as_float32(self.joints, self.name, "joints")
+        shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
+        check(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
         for m, t, v, _ in np.argwhere(~np.isfinite(self.joints))[:1]:
-            raise ClipError(name, f"body {m}, frame {t}, joint {v}", "is not a finite number")
+            check(False, "is not a finite number", f"body {m}, frame {t}, joint {v}")
         seen = self.joints.any((2, 3))
-        if self.visible is None:
-            self.visible = np.repeat(seen[:, :, None], shape[2], axis=2)
-        self.visible = as_float32(self.visible, name, "visible")
-        expect(self.visible.shape == shape[:3], name, "visible", f"must be {shape[:3]} like the joints, got {self.visible.shape}")
-        expect(self.visible.min() >= 0 and self.visible.max() <= 1, name, "visible", "must lie in 0..1")
-        expect(seen.any() or self.visible.any(), name, "", "no body in any frame")
-        whole = isinstance(self.label, (int, np.integer)) and not isinstance(self.label, bool)
-        expect(self.label is None or (whole and self.label >= 0), name, "label", f"must be an integer ≥ 0 or None, got {self.label!r}")
-        self.label = None if self.label is None else int(self.label)
-        if self.skeleton is None:
-            self.skeleton = known_layout(shape[2])
-        elif self.skeleton.num_joints != shape[2]:
-            raise ClipError(name, "skeleton", f"the clip has {shape[2]} joints, skeleton {self.skeleton.name!r} has {self.skeleton.num_joints}")
+        w = np.repeat(seen[:, :, None], shape[2], 2) if self.visible is None else self.visible
+        self.visible = w = as_float32(w, self.name, "visible")
+        fits = w.shape == shape[:3]
+        check(fits, f"must be {shape[:3]} like the joints, got {w.shape}", "visible")
+        check(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
+        check(seen.any() or w.any(), "no body in any frame")
+        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool) and label >= 0
+        check(label is None or whole, f"must be an integer ≥ 0 or None, got {label!r}", "label")
+        self.label = None if label is None else int(label)
+        self.skeleton = self.skeleton or known_layout(shape[2])
+        V = self.skeleton.num_joints if self.skeleton else shape[2]
+        check(V == shape[2], f"has {V} joints, the clip {shape[2]}", "skeleton")
 
     @property
     def present(self) -> np.ndarray:
@@ -120,17 +124,16 @@ class Clip:
     def __repr__(self):
         M, T, V, C = self.joints.shape
         words = f" {self.class_name!r}" if self.class_name else ""
-        return f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, label {self.label}{words})"
+        return (f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, "
+                f"label {self.label}{words})")
 
-# %% ../nbs/11_clips.ipynb #6e5a0fd0
+# %% ../nbs/11_clips.ipynb #f20055a0
 def package_lines(name):
     return package_files("stf").joinpath(name).read_text(encoding="utf-8").split("\n")[:-1]
 
 
-UCLA_CLASSES = (
-    "pick up with one hand", "pick up with two hands", "drop trash", "walk around", "sit down",
-    "stand up", "donning", "doffing", "throw", "carry",
-)  # fmt: skip
+UCLA_CLASSES = ("pick up with one hand", "pick up with two hands", "drop trash", "walk around",
+                "sit down", "stand up", "donning", "doffing", "throw", "carry")  # fmt: skip
 
 
 def class_names(
@@ -139,16 +142,15 @@ def class_names(
     "The class names of a public data set. ValueError if it is not known."
     if dataset in ("ntu60", "ntu120"):
         return package_lines("ntu120_classes.txt")[: int(dataset[3:])]
-    if dataset in ("nw-ucla", "kinetics400"):
-        return list(UCLA_CLASSES) if dataset == "nw-ucla" else package_lines("kinetics400_classes.txt")
-    raise ValueError(f"no class names for {dataset!r}; there are ntu60, ntu120, nw-ucla, kinetics400")
-
-
-_NTU_CLASSES = class_names("ntu120")
+    if dataset == "nw-ucla":
+        return list(UCLA_CLASSES)
+    if dataset == "kinetics400":
+        return package_lines("kinetics400_classes.txt")
+    raise ValueError(f"no class names for {dataset!r}, but ntu60, ntu120, nw-ucla, kinetics400")
 
 
 def ntu_missing_skeletons() -> frozenset:
-    "Names of the 535 NTU samples with missing or incomplete skeletons, by the official list; 302 in NTU 60."
+    "Names of the 535 NTU samples with bad skeletons, by the official list; 302 are in NTU 60."
     return frozenset(package_lines("ntu_missing.txt"))
 
 
@@ -156,11 +158,15 @@ def parse_ntu_name(
     name,  # a name or path such as "folder/S001C002P003R002A013.skeleton"
 ) -> dict:  # setup, camera, subject, replication, action: ints as written, counted from 1
     "The five numbers in an NTU RGB+D name. ValueError if the name has another form."
-    stem = str(name).replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
-    found = re.fullmatch(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})", stem)
+    base = str(name).replace("\\", "/").rsplit("/", 1)[-1].split(".")[0]
+    found = re.fullmatch(r"S(\d{3})C(\d{3})P(\d{3})R(\d{3})A(\d{3})", base)
     if not found or found[5] == "000":
-        raise ValueError(f"not an NTU name such as S001C002P003R002A013: {stem!r}")
-    return dict(zip(("setup", "camera", "subject", "replication", "action"), map(int, found.groups())))
+        raise ValueError(f"not an NTU name such as S001C002P003R002A013: {base!r}")
+    keys = ("setup", "camera", "subject", "replication", "action")
+    return dict(zip(keys, map(int, found.groups())))
+
+
+_NTU_CLASSES = dict(enumerate(class_names("ntu120")))
 
 
 def ntu_words(name):
@@ -169,88 +175,98 @@ def ntu_words(name):
         tags = parse_ntu_name(name)
     except ValueError:
         return {}, None, None
-    label = tags["action"] - 1
-    return tags, label, _NTU_CLASSES[label] if label < len(_NTU_CLASSES) else None
+    return tags, tags["action"] - 1, _NTU_CLASSES.get(tags["action"] - 1)
 
-
-def snippet(text):
-    "A piece of a file for an error message: short and printable."
-    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else str(text)
-    return ascii(text if len(text) <= 24 else text[:24] + "…")
-
-# %% ../nbs/11_clips.ipynb #5d1ee6ce
+# %% ../nbs/11_clips.ipynb #d4ed7874
 MAX_FRAMES, MAX_BODIES = 100_000, 100  # of one clip: an hour at 28 frames a second
 MAX_CELLS = 1_000_000  # bodies × frames
 MAX_METRES = 1e3  # a joint farther than 1 km from the camera is a fault
-MAX_IMAGE, MAX_PEOPLE = 1e5, 5  # 2D coordinates, in pixels or parts of the image; people kept of a frame
-
-
 _NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_UNUSED = re.compile(rb"[-+]?(nan|inf|infinity|1\.#\w+)", re.IGNORECASE)
 
 
 def ntu_rows(data, path):
-    "(ID and frame of each body row, xyz (B,25,3) float32 metres, state (B,25), frames) of a .skeleton file."
-    lines, at, bodies, joints = data.rstrip().split(b"\n"), 0, [], []
+    "Frame t, body ID, and 25 rows (x, y, z in metres, state) of each body of a .skeleton file."
+    lines, at = data.rstrip().split(b"\n"), 0
+    odd = data.translate(None, b"0123456789+-.eE \t\r\n")  # no number has these
+    check = lambda condition, reason: expect(path, condition, reason, f"line {max(at, 1)}")
 
     def row(width, what):
         nonlocal at
-        expect(at < len(lines), path, f"line {at}", f"the file ends here, where {what} should follow")
+        check(at < len(lines), f"the file ends here, where {what} should follow")
         words, at = lines[at].split(), at + 1
-        last = ", and the file ends: it was cut off" if at == len(lines) else ""
-        expect(len(words) == width, path, f"line {at}", f"{what} has {width} entries, this line {len(words)}{last}")
+        if len(words) != width:
+            last = ", and the file ends: it was cut off" if at == len(lines) else ""
+            check(False, f"{what} has {width} entries, this line {len(words)}{last}")
         return words
 
     def count(what, most):
         text = row(1, what)[0]
-        expect(text.isdigit(), path, f"line {at}", f"{what} must be a whole number, not {snippet(text)}")
-        expect(len(text) < 10 and int(text) <= most, path, f"line {at}", f"{what} is {snippet(text)}; more than {most:,} is no recording")
+        check(text.isdigit(), f"{what} must be a whole number, not {snippet(text)}")
+        few = len(text) < 10 and int(text) <= most
+        check(few, f"{what} is {snippet(text)}; more than {most:,} is no recording")
         return int(text)
 
-    expect(data.strip(), path, "line 1", "the file is empty")
+    def joint():
+        words = row(12, "a joint's row")
+        for k, word in enumerate(words if odd else ()):
+            good = _NUMBER.fullmatch(word) or (2 < k < 11 and _UNUSED.fullmatch(word))
+            check(good, f"entry {k + 1} must be a finite number, not {snippet(word)}")
+        try:
+            x, y, z, state = map(float, (*words[:3], words[11]))
+        except ValueError as e:
+            check(False, f"a joint's place and state must be numbers ({e})")
+        if not (abs(x) <= MAX_METRES and abs(y) <= MAX_METRES and abs(z) <= MAX_METRES):
+            check(False, f"a joint {max(abs(x), abs(y), abs(z)):.3g} m away is no measurement")
+        check(state in (0, 1, 2), "the tracking state must be 0, 1 or 2")
+        return x, y, z, state
+
+    check(data.strip(), "the file is empty")
     frames = count("the number of frames", MAX_FRAMES)
     for t in range(frames):
-        for _ in range(count(f"the number of bodies in frame {t + 1}", MAX_BODIES)):
+        for _ in range(count("the number of bodies", MAX_BODIES)):
             body = row(10, "a body's row")[0]
-            expect(re.fullmatch(rb"-?\d{1,20}", body), path, f"line {at}", f"a body's ID must be a whole number, not {snippet(body)}")
-            expect(count("the number of joints", MAX_FRAMES) == 25, path, f"line {at}", f"an NTU body has 25 joints, here are {snippet(lines[at - 1])}")
-            bodies.append((body.decode(), t))
-            joints += range(at, min(at + 25, len(lines)))
-            at += 25
-            if at > len(lines):
-                check_joints(lines, joints, path)
-                raise ClipError(path, f"line {len(lines)}", "the file ends here, where a joint's row should follow")
-    expect(at == len(lines), path, f"line {at + 1}", f"all {frames} frames have been read, but more lines follow")
-    expect(bodies, path, "", "no body in any frame")
-    rows = [lines[i] for i in joints]
-    try:
-        values = np.loadtxt(rows, usecols=(0, 1, 2, 11), comments=None, ndmin=2)
-    except ValueError:
-        values = np.full((1, 4), np.nan)
-    plain = (np.abs(values[:, :3]) <= MAX_METRES).all() and np.isin(values[:, 3], (0, 1, 2)).all()
-    odd = data.translate(None, b"0123456789+-.eE \r\n") or any(row.count(b" ") != 11 for row in rows)
-    if odd or not plain:
-        check_joints(lines, joints, path)
-        values = np.array([[float(word) for k, word in enumerate(r.split()) if k in (0, 1, 2, 11)] for r in rows])
-    values = values.astype(np.float32).reshape(-1, 25, 4)
-    return bodies, values[..., :3], values[..., 3], frames
+            whole = re.fullmatch(rb"-?\d{1,20}", body)
+            check(whole, f"a body's ID must be a whole number, not {snippet(body)}")
+            V = count("the number of joints", MAX_FRAMES)
+            check(V == 25, f"an NTU body has 25 joints, here are {V}")
+            yield t, body.decode(), [joint() for _ in range(25)]
+    at += 1
+    check(at > len(lines), f"all {frames} frames have been read, but more lines follow")
+    yield frames, None, None
+
+# %% ../nbs/11_clips.ipynb #0cc69727
+def stem(path):
+    "The file's name without folders and its last ending."
+    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
 
 
-def check_joints(lines, joints, path):
-    "ClipError for the first of the joints' lines that is not 12 entries, the used ones numbers."
-    for i in joints:
-        words, place = lines[i].split(), f"line {i + 1}"
-        last = ", and the file ends: it was cut off" if i + 1 == len(lines) else ""
-        expect(len(words) == 12, path, place, f"a joint's row has 12 entries, this line {len(words)}{last}")
-        for k, word in enumerate(words):
-            unused = re.fullmatch(rb"[-+]?(nan|inf|infinity|1\.#\w+)", word, re.IGNORECASE) and 2 < k < 11
-            expect(_NUMBER.fullmatch(word) or unused, path, place, f"entry {k + 1} must be a finite number, not {snippet(word)}")
-        far = max(abs(float(word)) for word in words[:3])
-        expect(far <= MAX_METRES, path, place, f"a joint {far:.3g} m away is no measurement")
-        expect(words[11] in (b"0", b"1", b"2"), path, place, f"the tracking state must be 0, 1 or 2, not {snippet(words[11])}")
+def read_source(source, name=None, limit=1 << 26):
+    """(bytes, path for messages, name of the clip) of a path or an open binary file.
 
-# %% ../nbs/11_clips.ipynb #67fb452f
+    ClipError if there is none, it is no regular file (a pipe would wait for ever), or too large.
+    """
+    if hasattr(source, "read"):
+        path, data = getattr(source, "name", None) or name or "file", source.read(limit + 1)
+        if not isinstance(data, bytes):
+            raise TypeError("open the file in binary mode: open(path, 'rb')")
+    else:
+        path = source
+        try:
+            about = os.stat(path)
+            expect(path, stat.S_ISREG(about.st_mode), "not a file")
+            with open(path, "rb") as file:
+                data = file.read(limit + 1)
+        except OSError as e:
+            missing = isinstance(e, FileNotFoundError)
+            reason = "no such file" if missing else f"can't be read: {e.strerror or e}"
+            raise ClipError(path, "", reason) from None
+    expect(path, len(data) <= limit, f"more than {limit:,} bytes is no recording of this kind")
+    return data, str(path), stem(name or path)
+
+# %% ../nbs/11_clips.ipynb #afe8ce87
 def listed_ranks(place, frame, bodies) -> list:
-    "Each body's rank in the order in which frames list bodies, by majority; (B,) of the rows in file order."
+    "Each body's rank in the frames' lists, by majority; of the rows (B,) of a file in order."
     before, same = np.zeros((bodies, bodies), np.int64), frame[1:] == frame[:-1]
     np.add.at(before, (place[:-1][same], place[1:][same]), 1)
     order = list(range(bodies))
@@ -262,73 +278,37 @@ def listed_ranks(place, frame, bodies) -> list:
     return [order.index(m) for m in range(bodies)]
 
 
-def parse_ntu(data, path, name, skeleton=None):
-    "A Clip of the bytes of a .skeleton file: bodies followed by their ID, in order of first appearance."
-    bodies, xyz, state, frames = ntu_rows(data, path)
-    order = {body: m for m, body in enumerate(dict.fromkeys(body for body, _ in bodies))}
-    expect(len(order) <= MAX_BODIES and len(order) * frames <= MAX_CELLS, path, "", f"{len(order)} bodies in {frames} frames: more than any recording has")
-    seen = set()
-    for body, t in bodies:
-        expect((body, t) not in seen, path, f"frame {t + 1}", f"body {body} is there twice")
-        seen.add((body, t))
-    place, frame = np.array([order[body] for body, _ in bodies]), np.array([t for _, t in bodies])
-    joints, visible = np.zeros((len(order), frames, 25, 3), np.float32), np.zeros((len(order), frames, 25), np.float32)
-    joints[place, frame], visible[place, frame] = xyz, state > 0
-    tags, label, words = ntu_words(name)
-    tags["bodies"] = list(order)
-    if (listed := listed_ranks(place, frame, len(order))) != sorted(listed):
-        tags["listed"] = listed
-    return Clip(joints, visible, name, label, skeleton or SKELETONS["ntu25"], words, tags)
-
-# %% ../nbs/11_clips.ipynb #ffe73c61
-def read_source(source, name, limit):
-    "(bytes, path for messages, name of the clip) of a path, a binary file object, or bytes."
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return bytes(source), name or "bytes", name or "bytes"
-    if not hasattr(source, "read"):
-        return read_file(source, limit), str(source), stem(name or source)
-    path, data = name or getattr(source, "name", None) or "file", source.read(limit + 1)
-    if not isinstance(data, bytes):
-        raise TypeError("open the file in binary mode: open(path, 'rb')")
-    expect(len(data) <= limit, path, "", f"more than {limit:,} bytes is no recording of this kind")
-    return data, str(path), stem(name or str(path))
-
-
-def stem(path):
-    "The file's name without folders and its last ending."
-    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
-
-# %% ../nbs/11_clips.ipynb #404f1eb0
-def read_file(path, limit=1 << 26) -> bytes:
-    "A file's bytes. ClipError if there is none, it is no regular file (a pipe would wait for ever), or too large."
-    try:
-        about = os.stat(path)
-        expect(stat.S_ISREG(about.st_mode), path, "", "not a file")
-        expect(about.st_size <= limit, path, "", f"{about.st_size:,} bytes; more than {limit:,} is no recording of this kind")
-        with open(path, "rb") as file:
-            return file.read()
-    except FileNotFoundError:
-        raise ClipError(path, "", "no such file") from None
-    except (OSError, ValueError) as e:
-        if isinstance(e, ClipError):
-            raise
-        raise ClipError(path, "", f"can't be read: {getattr(e, 'strerror', None) or e}") from None
-
-# %% ../nbs/11_clips.ipynb #ce3770df
 def read_ntu(
     source,  # path of a .skeleton file, or an open binary file
-    name: str | None = None,  # of the clip; None: the file's, which tells setup, camera, subject, action
+    name: str | None = None,  # of the clip; None: the file's, which tells setup, camera, subject, …
+    skeleton: Skeleton | None = None,  # None: ntu25
 ) -> Clip:
-    """Read a raw NTU RGB+D `.skeleton` file: joints (M,T,25,3) in metres, visible 1 unless a joint is not tracked.
+    """Read a raw NTU RGB+D `.skeleton` file: joints (M,T,25,3) in metres, visible 1 if tracked.
 
-    Bodies are followed by their ID, in order of first appearance; tags hold the name's numbers, the IDs as text
-    (`bodies`), and, where frames list bodies in another order, each body's rank in the list (`listed`). ClipError names
-    file, line and reason for what is cut off, not numeric or absurd (a joint beyond 1 km, for example). A joint that is
-    not tracked keeps the file's coordinates and has visible 0.
+    Bodies are followed by their ID, in order of first appearance; tags hold the name's numbers, the
+    IDs as text (`bodies`), and, where frames list bodies in another order, each body's rank in the
+    list (`listed`). A joint that is not tracked keeps the file's coordinates and has visible 0.
+    ClipError names file, line and reason for what is cut off, not numeric or absurd.
     """
-    return parse_ntu(*read_source(source, name, 1 << 26))
+    data, path, name = read_source(source, name)
+    *rows, (T, *_) = ntu_rows(data, path)
+    expect(path, rows, "no body in any frame")
+    for (t, body), n in Counter(row[:2] for row in rows).items():
+        expect(path, n == 1, f"body {body} is there twice", f"frame {t + 1}")
+    M = {body: m for m, body in enumerate(dict.fromkeys(body for _, body, _ in rows))}
+    few = len(M) <= MAX_BODIES and len(M) * T <= MAX_CELLS
+    expect(path, few, f"{len(M)} bodies in {T} frames: more than any recording has")
+    frame, place = np.array([(t, M[body]) for t, body, _ in rows]).T
+    whole = np.zeros((len(M), T, 25, 4), np.float32)
+    whole[place, frame] = [joints for *_, joints in rows]
+    tags, label, words = ntu_words(name)
+    tags["bodies"] = list(M)
+    if (listed := listed_ranks(place, frame, len(M))) != sorted(listed):
+        tags["listed"] = listed
+    skeleton = skeleton or SKELETONS["ntu25"]
+    return Clip(whole[..., :3], whole[..., 3] > 0, name, label, skeleton, words, tags)
 
-# %% ../nbs/11_clips.ipynb #9e295e63
+# %% ../nbs/11_clips.ipynb #2c0422aa
 def load_json(data, path):
     "The content of JSON bytes; ClipError with the place for anything irregular."
 
@@ -336,20 +316,17 @@ def load_json(data, path):
         raise ClipError(path, "", f"{word} is no number")
 
     def unique(pairs):
-        if len(found := dict(pairs)) < len(pairs):
-            keys = [key for key, _ in pairs]
-            raise ClipError(path, "", f"key {snippet(next(k for k in keys if keys.count(k) > 1))} is there twice")
-        return found
+        keys = Counter(key for key, _ in pairs)
+        for key in (key for key in keys if keys[key] > 1):
+            raise ClipError(path, "", f"key {snippet(key)} is there twice")
+        return dict(pairs)
 
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=refuse, object_pairs_hook=unique)
+        text = data.decode("utf-8-sig")
+        return json.loads(text, parse_constant=refuse, object_pairs_hook=unique)
     except ClipError:
         raise
-    except UnicodeDecodeError as e:
-        raise ClipError(path, f"byte {e.start}", "not UTF-8 text") from None
-    except json.JSONDecodeError as e:
-        raise ClipError(path, f"line {e.lineno}, column {e.colno}", f"not JSON: {e.msg}") from None
-    except (RecursionError, ValueError) as e:  # nested too deeply, or an integer of too many digits
+    except (RecursionError, ValueError) as e:  # also nested too deeply, or numbers of many digits
         raise ClipError(path, "", f"not JSON: {e}") from None
 
 
@@ -361,40 +338,50 @@ def numbers(values, limit, path, place):
         found = np.array(values, dtype=np.float64)
     except OverflowError:
         found = np.array(np.inf)
-    expect((np.abs(found) <= limit).all(), path, place, f"holds a number beyond ±{limit:g}")
+    expect(path, (np.abs(found) <= limit).all(), f"holds a number beyond ±{limit:g}", place)
     return found
 
-# %% ../nbs/11_clips.ipynb #8c3f6579
-def parse_ucla(data, path, name, skeleton=None):
-    "A Clip of the bytes of a Northwestern-UCLA JSON file."
-    content, skeleton = load_json(data, path), skeleton or SKELETONS["kinect20"]
-    expect(isinstance(content, dict) and isinstance(content.get("skeletons"), list), path, "", "no list 'skeletons' in this file")
-    frames, V = content["skeletons"], skeleton.num_joints
-    expect(0 < len(frames) <= MAX_FRAMES, path, "skeletons", f"{len(frames)} frames")
-    for t, frame in enumerate(frames):
-        whole = type(frame) is list and len(frame) == V and all(type(joint) is list and len(joint) == 3 for joint in frame)
-        expect(whole, path, f"frame {t + 1}", f"must be {V} joints of 3 numbers")
-    flat = [x for frame in frames for joint in frame for x in joint]
-    joints = numbers(flat, MAX_METRES, path, "skeletons").reshape(1, len(frames), V, 3)
-    label, found = content.get("label"), re.fullmatch(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)", name)
-    expect(label is None or (type(label) is int and 0 < label < 10_000), path, "label", f"must be a whole number from 1, not {snippet(label)}")
-    tags = dict(zip(("action", "subject", "take", "view"), map(int, found.groups()))) if found else {}
-    tags |= {"camera": tags["view"]} if found else {}
-    words = UCLA_CLASSES[label - 1] if found and label and label <= 10 else None
-    return Clip(joints, None, name, None if label is None else label - 1, skeleton, words, tags)
 
-# %% ../nbs/11_clips.ipynb #e2aa4426
+def whole_number(value, path, place, first=0, most=MAX_FRAMES):
+    "A whole number from `first` on, or None; else ClipError."
+    good = value is None or (type(value) is int and first <= value < most)
+    expect(path, good, f"must be a whole number from {first}, not {snippet(value)}", place)
+    return value
+
+# %% ../nbs/11_clips.ipynb #43eb2914
 def read_ucla(
     source,  # path of a JSON file, or an open binary file
-    name: str | None = None,  # of the clip; None: the file's, which tells action, subject, take, view
+    name: str | None = None,  # of the clip; None: the file's: action, subject, take, view
+    skeleton: Skeleton | None = None,  # None: kinect20
 ) -> Clip:
-    """Read a Northwestern-UCLA JSON file: one body, joints (1,T,20,3) in metres, label 0..9 (the file's, less 1).
+    """Read a Northwestern-UCLA JSON file: one body, joints (1,T,20,3) in metres, label from 0.
 
     tags: action, subject, take, view (also as camera). ClipError for anything irregular.
     """
-    return parse_ucla(*read_source(source, name, 1 << 25))
+    data, path, name = read_source(source, name)
+    content, skeleton = load_json(data, path), skeleton or SKELETONS["kinect20"]
+    frames = content.get("skeletons") if isinstance(content, dict) else None
+    expect(path, isinstance(frames, list), "no list 'skeletons' in this file")
+    expect(path, 0 < len(frames) <= MAX_FRAMES, f"{len(frames)} frames", "skeletons")
+    V, triple = skeleton.num_joints, lambda joint: type(joint) is list and len(joint) == 3
+    for t, frame in enumerate(frames, 1):
+        whole = type(frame) is list and len(frame) == V and all(map(triple, frame))
+        expect(path, whole, f"must be {V} joints of 3 numbers", f"frame {t}")
+    flat = [x for frame in frames for joint in frame for x in joint]
+    joints = numbers(flat, MAX_METRES, path, "skeletons").reshape(1, len(frames), V, 3)
+    label, found = content.get("label"), re.fullmatch(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)", name)
+    label = (whole_number(label, path, "label", 1) or 0) - 1
+    label, tags, words = None if label < 0 else label, {}, None
+    if found:
+        keys = ("action", "subject", "take", "view", "camera")
+        tags = dict(zip(keys, map(int, found.group(1, 2, 3, 4, 4))))
+        words = dict(enumerate(UCLA_CLASSES)).get(label)
+    return Clip(joints, None, name, label, skeleton, words, tags)
 
-# %% ../nbs/11_clips.ipynb #764edcfa
+# %% ../nbs/11_clips.ipynb #01a0ff68
+MAX_IMAGE, MAX_PEOPLE = 1e5, 5  # 2D coordinates, in pixels or parts; people kept of a frame
+
+
 def as_scores(values, path, place):
     "Confidences in 0..1: networks overshoot a little, which is clipped; more is refused."
     for wrong in values[~((values >= -0.5) & (values <= 2))].ravel()[:1]:
@@ -404,313 +391,304 @@ def as_scores(values, path, place):
 
 def kinetics_people(content, path, V):
     "(frame (P,), pose (P,V,2), score (P,V), number of frames) of all people in all frames."
-    expect(isinstance(content, dict) and isinstance(content.get("data"), list), path, "", "no list 'data' in this file")
+    entries = content.get("data") if isinstance(content, dict) else None
+    expect(path, isinstance(entries, list), "no list 'data' in this file")
     frame, pose, score, seen = [], [], [], set()
-    for i, entry in enumerate(content["data"]):
-        place = f"data[{i}]"
-        expect(isinstance(entry, dict) and isinstance(entry.get("skeleton"), list), path, place, "no list 'skeleton'")
+    for i, entry in enumerate(entries):
+        check = lambda condition, reason: expect(path, condition, reason, f"data[{i}]")
+        people = entry.get("skeleton") if isinstance(entry, dict) else None
+        check(isinstance(people, list), "no list 'skeleton'")
         t = entry.get("frame_index")
-        expect(type(t) is int and 0 <= t < MAX_FRAMES, path, place, f"frame_index must be a whole number from 0 to {MAX_FRAMES - 1}, not {snippet(t)}")
-        expect(t not in seen, path, place, f"frame_index {t} is there twice")
+        whole = type(t) is int and 0 <= t < MAX_FRAMES
+        check(whole, f"frame_index must be a whole number from 0, not {snippet(t)}")
+        check(t not in seen, f"frame_index {t} is there twice")
         seen.add(t)
-        for person in entry["skeleton"]:
-            expect(isinstance(person, dict), path, place, "a person must have 'pose' and 'score'")
-            for key, size, all_of in (("pose", 2 * V, pose), ("score", V, score)):
+        for person in people:
+            check(isinstance(person, dict), "a person must have 'pose' and 'score'")
+            for key, size, found in (("pose", 2 * V, pose), ("score", V, score)):
                 values = person.get(key)
-                expect(type(values) is list and len(values) == size, path, place, f"{key!r} must be a list of {size} numbers")
-                all_of += values
+                whole = type(values) is list and len(values) == size
+                check(whole, f"{key!r} must be a list of {size} numbers")
+                found += values
             frame.append(t)
-    expect(frame, path, "", "no body in any frame")
-    pose = numbers(pose, MAX_IMAGE, path, "pose").reshape(-1, V, 2)
-    return np.array(frame), pose, as_scores(numbers(score, MAX_IMAGE, path, "score"), path, "score").reshape(-1, V), max(seen) + 1
+    expect(path, frame, "no body in any frame")
+    pose, score = (numbers(x, MAX_IMAGE, path, "data") for x in (pose, score))
+    score = as_scores(score, path, "score").reshape(-1, V)
+    return np.array(frame), pose.reshape(-1, V, 2), score, max(seen) + 1
 
 
-def parse_kinetics(data, path, name, skeleton=None, max_people=MAX_PEOPLE, listed=None):
-    "A Clip of the bytes of a Kinetics-Skeleton JSON file; `listed` is its entry in the label list, if any."
+def read_kinetics(
+    source,  # path of a JSON file, or an open binary file
+    name: str | None = None,  # of the clip; None: the file's (the YouTube ID)
+    skeleton: Skeleton | None = None,  # None: openpose18
+    max_people: int = MAX_PEOPLE,  # kept of each frame, best score first
+    listed=None,  # (label, words) of the label list
+) -> Clip:
+    """Read a Kinetics-Skeleton JSON file: joints (M,T,18,2) in parts of the image, visible = score.
+
+    Frame t is the file's frame_index t (files count from 1, so frame 0 is empty); T is the last
+    frame_index + 1. Bodies are ranks by score within each frame and not followed: body 0 may be
+    another person in the next frame. ClipError for anything irregular, and for no person at all.
+    """
+    data, path, name = read_source(source, name)
     content, skeleton = load_json(data, path), skeleton or SKELETONS["openpose18"]
     frame, pose, score, T = kinetics_people(content, path, skeleton.num_joints)
-    order = np.lexsort((np.arange(len(frame)), -score.sum(1), frame))  # best first within each frame
+    order = np.lexsort((np.arange(len(frame)), -score.sum(1), frame))  # best first in each frame
     rank = np.empty(len(frame), np.int64)
     rank[order] = np.arange(len(frame)) - np.searchsorted(frame[order], frame[order])
     kept = (rank < max_people) & (pose.any((1, 2)) | score.any(1))
-    expect(kept.any(), path, "", "no body in any frame")
+    expect(path, kept.any(), "no body in any frame")
     M = int(rank[kept].max()) + 1
-    expect(M * T <= MAX_CELLS, path, "", f"{M} bodies in {T:,} frames: more than any recording has")
+    expect(path, M * T <= MAX_CELLS, f"{M} bodies in {T:,} frames: more than any recording has")
     joints = np.zeros((M, T, skeleton.num_joints, 2), np.float32)
     visible = np.zeros(joints.shape[:3], np.float32)
     joints[rank[kept], frame[kept]], visible[rank[kept], frame[kept]] = pose[kept], score[kept]
     label, words = content.get("label_index"), content.get("label") or None
-    label = None if label in ("", -1) else label  # what pose programs write for a film of one's own
-    expect(label is None or (type(label) is int and 0 <= label < 1_000_000), path, "label_index", f"must be a whole number from 0, not {snippet(label)}")
-    expect(words is None or isinstance(words, str), path, "label", "must be text")
+    label = None if label in ("", -1) else label  # what pose programs write for one's own films
+    whole_number(label, path, "label_index")
+    expect(path, words is None or isinstance(words, str), "must be text", "label")
     if listed:
-        expect(label in (None, listed[0]), path, "label_index", f"is {label}, but {listed[0]} in the label list")
+        same = label in (None, listed[0])
+        expect(path, same, f"is {label}, but {listed[0]} in the label list", "label_index")
         label, words = listed
     return Clip(joints, visible, name, label, skeleton, words)
 
-# %% ../nbs/11_clips.ipynb #562251b0
-def read_kinetics(
-    source,  # path of a JSON file, or an open binary file
-    name: str | None = None,  # of the clip; None: the file's (the YouTube ID)
-    max_people: int = MAX_PEOPLE,  # kept of each frame, best score first
-) -> Clip:
-    """Read a Kinetics-Skeleton JSON file: joints (M,T,18,2) in parts of the image, visible = score.
-
-    Frame t is the file's frame_index t (files count from 1, so frame 0 is empty); T is the last frame_index + 1. Bodies
-    are ranks by score within each frame and not followed: body 0 may be another person in the next frame. ClipError for
-    anything irregular, and for files without any person.
-    """
-    return parse_kinetics(*read_source(source, name, 1 << 25), max_people=max_people)
-
-# %% ../nbs/11_clips.ipynb #30df2e8b
+# %% ../nbs/11_clips.ipynb #4186a03b
 PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
-PLAIN_KEYS = ("joints", "visible", "label", "class_name", "skeleton", "name", "split", "tags", *PLAIN_TAGS)
+PLAIN_TEXTS = ("class_name", "skeleton", "name", "split", "tags")
+PLAIN_KEYS = ("joints", "visible", "label", *PLAIN_TEXTS, *PLAIN_TAGS)
 
 
-def read_npz(data, path, limit=1 << 28):
-    "All arrays of an .npz, by name. ClipError where it is damaged, too large or holds pickles."
-    arrays, key = {}, ""
+def read_npz(source, name=None, limit=1 << 28):
+    "(arrays by name, path, clip's name) of an .npz. ClipError if damaged, too large or pickled."
+    data, path, name = read_source(source, name, limit)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            expect(len(archive.infolist()) <= 64, path, "", "more than 64 arrays in one file")
-            for info in archive.infolist():
-                key = info.filename.removesuffix(".npy")
-                expect(key not in arrays, path, key, "is in the file twice")
-                with archive.open(info) as file:
-                    content = io.BytesIO(file.read(limit + 1))
-                limit -= len(content.getbuffer())
-                expect(limit >= 0, path, key, "too large for a recording")
-                arrays[key] = read_npy(content)
+            size = sum(info.file_size for info in archive.infolist())
+        expect(path, size <= limit, f"more than {limit:,} bytes is no recording of this kind")
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            return {key: np.asarray(value) for key, value in file.items()}, path, name
     except ClipError:
         raise
     except Exception as e:  # zipfile and zlib have many errors
-        raise ClipError(path, key, f"can't be read: {e}") from None
-    return arrays
+        raise ClipError(path, "", f"can't be read: {e}") from None
 
 
-def read_npy(file):
-    "An array from an open .npy; nothing is unpickled. ValueError."
-    shape, dtype = read_npy_header(file)
-    data = file.read()
-    if math.prod(shape) * dtype.itemsize != len(data):
-        raise ValueError(f"shape {shape} of {dtype} needs {math.prod(shape) * dtype.itemsize:,} bytes, there are {len(data):,}")
-    return np.frombuffer(data, dtype).reshape(shape) if data else np.zeros(shape, dtype)
-
-
-def parse_plain(data, path, name, skeleton=None):
-    "A Clip of the bytes of an .npz in the plain form."
-    arrays = read_npz(data, path)
-    expect(not {"x_train", "x_test"} & {*arrays}, path, "", "a whole data set in CTR-GCN's form: open this file by itself")
-    for key in arrays:
-        expect(key in PLAIN_KEYS, path, "", f"unknown key {snippet(key)}; known are {', '.join(PLAIN_KEYS)} (a plain file holds one clip)")
-    expect("joints" in arrays, path, "", f"no 'joints' in this file; it has {', '.join(map(snippet, arrays)) or 'nothing'}")
-
-    def one(key, kinds):
-        if (value := arrays.get(key)) is None:
-            return None
-        expect(value.size == 1 and value.dtype.kind in kinds, path, key, f"must be one {'text' if kinds == 'U' else 'whole number'}")
-        return str(value.item()) if kinds == "U" else int(value.item())
-
-    joints, visible = arrays["joints"], arrays.get("visible")
-    expect(joints.ndim in (3, 4), path, "joints", f"must be (T,V,C) or (M,T,V,C), got {joints.shape}")
+def read_plain(
+    source,  # path of an .npz in the plain form, or an open binary file
+    name: str | None = None,  # of the clip; None: the one in the file, then the file's
+    skeleton: Skeleton | None = None,  # the body layout; None: the one in the file
+) -> Clip:
+    "Read one's own recording in the plain form (an .npz with `joints` and what else is known)."
+    arrays, path, name = read_npz(source, name)
+    check = partial(expect, path)
+    whole_set = {"x_train", "x_test"} & {*arrays}
+    check(not whole_set, "a whole data set in CTR-GCN's form: open this file by itself")
+    for key in {*arrays} - {*PLAIN_KEYS}:
+        check(False, f"unknown key {snippet(key)}; known are {', '.join(PLAIN_KEYS)}")
+    check("joints" in arrays, f"no 'joints' in this file; it has {', '.join(arrays) or 'nothing'}")
+    own = {}
+    for key in {*arrays} - {"joints", "visible"}:
+        value, text = arrays[key], key in PLAIN_TEXTS
+        one = value.size == 1 and value.dtype.kind in ("U" if text else "iu")
+        check(one, f"must be one {'text' if text else 'whole number'}", key)
+        own[key] = value.item()
+    joints, visible, given = arrays["joints"], arrays.get("visible"), own.get("skeleton")
+    check(joints.ndim in (3, 4), f"must be (T,V,C) or (M,T,V,C), got {joints.shape}", "joints")
     if joints.ndim == 3:
-        joints, visible = joints[None], visible if visible is None or visible.ndim == 3 else visible[None]
-    known, texts = one("skeleton", "U"), {k: one(k, "U") for k in ("name", "class_name", "tags", "split")}
-    if known is not None and skeleton is None:
-        try:
-            skeleton = SKELETONS[known] if known in SKELETONS else Skeleton(**load_json(known.encode(), path))
-        except (TypeError, ValueError, ClipError) as e:
-            raise ClipError(path, "skeleton", f"{snippet(known)} is not known; known are {', '.join(SKELETONS)}, or its description as JSON ({e})") from None
-    tags, split = (load_json((texts[k] or "{}").encode(), f"{path}: {k}") for k in ("tags", "split"))
-    tags |= {key: one(key, "iu") for key in PLAIN_TAGS if key in arrays}
+        joints, visible = joints[None], visible if np.ndim(visible) != 2 else visible[None]
     try:
-        return Clip(joints, visible, texts["name"] or name, one("label", "iu"), skeleton, texts["class_name"], tags, split)
+        if given and skeleton is None:
+            described = given not in SKELETONS
+            skeleton = Skeleton(**load_json(given.encode(), "")) if described else SKELETONS[given]
+    except (TypeError, ValueError) as e:
+        known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
+        raise ClipError(path, "skeleton", f"{snippet(given)} is not known; {known}") from None
+    tags, split = (load_json(own.get(k, "{}").encode(), f"{path}: {k}") for k in ("tags", "split"))
+    tags |= {key: own[key] for key in PLAIN_TAGS if key in own}
+    about = own.get("name", name), own.get("label"), skeleton, own.get("class_name"), tags, split
+    try:
+        return Clip(joints, visible, *about)
     except ClipError as e:
         raise ClipError(path, e.place, e.reason) from None
 
-
+# %% ../nbs/11_clips.ipynb #205ec7d2
 def save_clip(
     clip: Clip,
     path,  # file to write, ending in .npz
 ):
-    "Write a clip in the plain form, with all that it knows, to be read by `read_plain` and `open_clips`."
-    own = {key: getattr(clip, key) for key in ("label", "class_name", "name") if getattr(clip, key) is not None}
+    "Write a clip in the plain form, with all that it knows, for `read_plain` and `open_clips`."
+    own = {key: getattr(clip, key) for key in ("label", "class_name", "name")}
+    own = {key: value for key, value in own.items() if value is not None}
     if (s := clip.skeleton) is not None:
         own["skeleton"] = s.name if SKELETONS.get(s.name) == s else json.dumps(asdict(s))
     own |= {key: json.dumps(getattr(clip, key)) for key in ("tags", "split") if getattr(clip, key)}
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/11_clips.ipynb #e24789b6
-def read_plain(
-    source,  # path of an .npz in the plain form, or an open binary file
-    name: str | None = None,  # of the clip; None: the one in the file, then the file's
-    skeleton: Skeleton | None = None,  # the body layout, if the file doesn't hold it
-) -> Clip:
-    "Read one's own recording in the plain form (an .npz with `joints` and what else is known). ClipError."
-    return parse_plain(*read_source(source, name, 1 << 28), skeleton=skeleton)
-
-# %% ../nbs/11_clips.ipynb #bdfc6a3c
-def is_hidden(name):
-    "Whether a path is hidden or macOS clutter: `.x`, `._x`, `__MACOSX/`."
-    return any(part.startswith(".") and part not in (".", "..") or part == "__MACOSX" for part in name.split("/"))
-
-
+# %% ../nbs/11_clips.ipynb #64c0ed64
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-MAX_RATIO, RATIO_FROM = 200, 1 << 28  # what unpacks to more than 200 times its size, and to 256 MiB, is refused
+MAX_RATIO, RATIO_FROM = 200, 1 << 28  # what unpacks to 200 times its size, and 256 MiB, is refused
 _PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _LOOSE = re.compile(r".*(?<!label)\.(skeleton|json|npz|npy|pkl|pickle)", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # and macOS clutter
 
 
 class Files:
-    """The regular files of a folder, a zip or a tar (also packed), a folder of archives, or one file, sorted by name.
+    """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
-    `names`; where(i) for messages; read(i) gives bytes. Nothing is ever written where an archive says. ClipError.
+    `names`, sorted; `where` what messages call each; open(i) gives its bytes as a file. Nothing is
+    ever written where an archive says. ClipError.
     """
 
     def __init__(self, path):
         self.path, self.opened = Path(path), {}
-        expect(self.path.exists(), path, "", "no such file or folder")
+        expect(path, self.path.exists(), "no such file or folder")
         if self.path.is_dir():
             found = self._walk()
             packed = [entry for entry in found if _PACKED.search(entry[0])]
             if packed and not any(_LOOSE.fullmatch(name) for name, *_ in found):
                 found = [entry for entry in found if entry not in packed]
-                for name, file, _ in packed:
-                    found += [(_PACKED.sub("", name) + "/" + n, *where) for n, *where in self._open(file) or ()]
+                for name, file, *_ in packed:
+                    inside = _PACKED.sub("", name)
+                    found += [(f"{inside}/{n}", *entry) for n, *entry in self._list(file) or ()]
         else:
-            expect(self.path.is_file(), path, "", "neither a file nor a folder")
-            found = self._open(self.path)
-            found = [(self.path.name, self.path, None)] if found is None else found
-        self.entries = sorted((entry for entry in found if not is_hidden(entry[0])), key=lambda entry: entry[0])
-        self.names = [name for name, *_ in self.entries]
+            expect(path, self.path.is_file(), "neither a file nor a folder")
+            found = self._list(self.path)
+            found = [(self.path.name, self.path, self.path, None)] if found is None else found
+        found = sorted((e for e in found if not _HIDDEN.search(e[0])), key=lambda e: e[0])
+        self.names, self.where = [e[0] for e in found], [str(e[1]) for e in found]
+        self.parts = [e[2:] for e in found]
 
     def _walk(self):
         def refuse(error):
             raise ClipError(error.filename or self.path, "", f"can't be listed: {error.strerror}")
 
-        found = []
-        for folder, _, files in os.walk(self.path, onerror=refuse):
-            here = os.path.relpath(folder, self.path).replace(os.sep, "/")
-            found += [(f if here == "." else f"{here}/{f}", Path(folder) / f, None) for f in files]
-        return [entry for entry in found if entry[1].is_file()]
+        found = [Path(folder) / file for folder, _, files in os.walk(self.path, onerror=refuse)
+                 for file in files]  # fmt: skip
+        return [(p.relative_to(self.path).as_posix(), p, p, None) for p in found if p.is_file()]
 
-    def _open(self, path):
-        "[(name, archive, member)] of an archive; None of another file."
-        if path.suffix.lower() in (".npz", ".npy", ".skeleton", ".json", ".pkl", ".pickle"):
+    def _list(self, path):
+        "[(name, where, file, part)] of an archive's members; None of another file."
+        if _LOOSE.fullmatch(path.name):
             return None
         try:
             if zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    return [(i.filename, path, i.filename) for i in archive.infolist() if not i.is_dir()]
+                    names = [i.filename for i in archive.infolist() if not i.is_dir()]
+                return [(name, f"{path}/{name}", path, name) for name in names]
             plain = self._unpack(path)
             try:
                 with tarfile.open(plain, "r:") as tar:
-                    return [(i.name, path, (plain, i.offset_data, i.size, i.name)) for i in tar if i.isreg() and not i.issparse()]
+                    members = [i for i in tar if i.isreg() and not i.issparse()]
+                parts = [(i.name, (i.offset_data, i.size)) for i in members]
+                return [(name, f"{path}/{name}", plain, part) for name, part in parts]
             except tarfile.ReadError:
-                expect(plain is path and not re.search(r"\.tar|\.t.z", path.name), path, "", "not a whole tar archive")
+                named = plain is not path or re.search(r"\.tar|\.t.z", path.name)
+                expect(path, not named, "not a whole tar archive")
         except ClipError:
             raise
         except Exception as e:  # gzip, bz2, lzma, zlib, tarfile and zipfile have many errors
             raise ClipError(path, "", f"not a readable archive ({e})") from None
 
     def _unpack(self, path):
-        "The path of a tar, of which a packed one is unpacked to a temporary file that goes when this object does."
+        "The path of a tar; of a packed one, of a temporary file that goes when this object does."
         with open(path, "rb") as file:
             begin = file.read(6)
-        opener = next((o for magic, o in _UNPACK.items() if begin.startswith(magic)), None)
-        if opener is None:
+        unpack = next((o for magic, o in _UNPACK.items() if begin.startswith(magic)), None)
+        if unpack is None:
             return path
-        most, temporary = max(RATIO_FROM, MAX_RATIO * path.stat().st_size), tempfile.NamedTemporaryFile(delete=False)
+        most = max(RATIO_FROM, MAX_RATIO * path.stat().st_size)
+        temporary = tempfile.NamedTemporaryFile(delete=False)
         weakref.finalize(self, os.unlink, temporary.name)
-        with opener(path, "rb") as source, temporary:
+        with unpack(path, "rb") as source, temporary:
             while piece := source.read(1 << 20):
                 most -= temporary.write(piece)
-                expect(most >= 0, path, "", f"unpacks to more than {MAX_RATIO} times its size: refused")
+                expect(path, most >= 0, f"unpacks to more than {MAX_RATIO} times its size: refused")
         return Path(temporary.name)
 
     def __getstate__(self):  # open files don't travel between processes
         return {**vars(self), "opened": {}}
 
-    def where(self, i: int) -> str:
-        "What an error message calls file i."
-        _, file, member = self.entries[i]
-        return str(file) if member is None else f"{file}/{member if isinstance(member, str) else member[-1]}"
-
-    def read(self, i: int, limit: int = 1 << 26) -> bytes:
-        "The bytes of file i; ClipError if it can't be read or is larger than limit."
-        _, file, member = self.entries[i]
-        if member is None:
-            return read_file(file, limit)
+    def open(self, i: int, limit: int = 1 << 28):
+        "File i in memory, or ClipError if it can't be read or is larger than limit."
+        (file, part), where = self.parts[i], self.where[i]
+        if part is None:
+            return where
         try:
-            if isinstance(member, tuple):
-                plain, offset, size, _ = member
-                self.opened[file] = self.opened.get(file) or open(plain, "rb")
-                self.opened[file].seek(offset)
-                data = self.opened[file].read(min(size, limit + 1))
-                whole = len(data) == min(size, limit + 1)
+            archive = self.opened.get(file)
+            if archive is None:
+                archive = zipfile.ZipFile(file) if isinstance(part, str) else open(file, "rb")
+            self.opened[file] = archive
+            if isinstance(part, str):
+                with archive.open(part) as member:
+                    data = member.read(limit + 1)
             else:
-                self.opened[file] = self.opened.get(file) or zipfile.ZipFile(file)
-                with self.opened[file].open(member) as opened:
-                    data, whole = opened.read(limit + 1), True
-        except Exception as e:  # zlib.error, BadZipFile, LZMAError, RuntimeError (encrypted), EOFError, …
-            raise ClipError(self.where(i), "", f"can't be read from the archive: {e}") from None
-        expect(whole, self.where(i), "", "can't be read from the archive: it ends in the middle of this file")
-        expect(len(data) <= limit, self.where(i), "", f"more than {limit:,} bytes is no recording of this kind")
-        return data
+                archive.seek(part[0])
+                data = archive.read(min(part[1], limit))
+                if len(data) < min(part[1], limit):
+                    raise EOFError("it ends in the middle of this file")
+        except Exception as e:  # zlib.error, BadZipFile, LZMAError, RuntimeError (encrypted), …
+            raise ClipError(where, "", f"can't be read from the archive: {e}") from None
+        found = io.BytesIO(data)
+        found.name = where
+        return found
 
-# %% ../nbs/11_clips.ipynb #cd9d6dbc
-READERS = {  # kind: (ending, title, skeleton, parser of (bytes, path, name, skeleton))
-    "ntu": (".skeleton", "NTU RGB+D .skeleton files", "ntu25", parse_ntu),
-    "ucla": (".json", "Northwestern-UCLA JSON files", "kinect20", parse_ucla),
-    "kinetics": (".json", "Kinetics-Skeleton JSON files", "openpose18", parse_kinetics),
-    "plain": (".npz", "plain .npz recordings", None, parse_plain),
+# %% ../nbs/11_clips.ipynb #9fa45340
+READERS = {  # kind: (ending, title, skeleton, reader of (source, name, skeleton))
+    "ntu": (".skeleton", "NTU RGB+D .skeleton files", "ntu25", read_ntu),
+    "ucla": (".json", "Northwestern-UCLA JSON files", "kinect20", read_ucla),
+    "kinetics": (".json", "Kinetics-Skeleton JSON files", "openpose18", read_kinetics),
+    "plain": (".npz", "plain .npz recordings", None, read_plain),
 }
 
-# %% ../nbs/11_clips.ipynb #1a3f9938
+# %% ../nbs/11_clips.ipynb #644f7909
 class Clips:
-    """The clips of a folder, archive or file, read one by one; `summary` says what the input was taken for.
+    """The clips of a folder, archive or file, read one by one; `summary` says what they are.
 
-    len(clips); clips[i] -> Clip, or ClipError; iteration gives all clips: with mode "raise" it stops at the first bad
-    one, with "collect" bad ones are left out and kept in the list `errors`. Another process may have a copy.
+    len(clips); clips[i] -> Clip, or ClipError. Iteration stops at the first bad one if mode is
+    "raise"; if it is "collect", bad ones are left out and kept in the list `errors`.
     """
 
     def __init__(self, path, title, names, read, where, mode="raise", guess=True, **about):
-        self.path, self.title, self.names, self.read, self.where = Path(path), title, names, read, where
-        self.mode, self.guess, self.about, self.errors = mode, guess, about, []
+        self.path, self.title, self.names, self.read = Path(path), title, names, read
+        self.places, self.mode, self.guess, self.about, self.errors = where, mode, guess, about, []
+
+    def where(self, i: int) -> str:
+        "What an error message calls clip i."
+        return self.places[i]
 
     def __len__(self):
         return len(self.names)
 
     def __getitem__(self, i: int) -> Clip:
-        if not -len(self) <= i < len(self):
-            raise IndexError(f"clip {i} of {len(self)}")
-        clip = self.read(i % len(self))
-        self.about["bodies"] = max(self.about.get("bodies") or 0, len(clip.joints))
+        clip = self.read(range(len(self))[i])
+        self.about["bodies"] = max(self.about.get("bodies", 0), len(clip.joints))
         return clip
 
     def __iter__(self):
         self.errors = []
         for i in range(len(self)):
-            try:
-                clip = self[i]
-            except ClipError as e:
-                if self.mode == "raise":
-                    raise
-                self.errors.append(e)
-                continue
-            yield clip
+            item = read_item(i, self)
+            if isinstance(item, Clip):
+                yield item
+            elif self.mode == "raise":
+                raise item
+            else:
+                self.errors.append(item)
 
     @property
     def summary(self) -> str:
         "What the input was taken for, in one line, as far as it is known by now."
-        many = lambda n, one, more: f"{n:,} {one if n == 1 else more}" if n else ""
-        joints, bodies, lost = (self.about.get(key) or 0 for key in ("joints", "bodies", "lost"))
-        guessed = ", ".join(s.name for v in joints or () if self.guess and (s := known_layout(v)))
-        taken = f"{' or '.join(map(str, joints or ()))} joints" + (f" (taken as {guessed})" if guessed else "")
-        parts = [many(len(self), "clip", "clips") or "0 clips", taken if joints else "",
-                 many(bodies, "body", "bodies") and f"up to {many(bodies, 'body', 'bodies')}",
-                 many(self.about.get("classes"), "class", "classes"), f"{lost:,} more without a skeleton" if lost else ""]
-        return f"{self.path.name or self.path}: {self.title}: {', '.join(part for part in parts if part)}"
+        many = lambda n, one, more: [f"{n:,} {one if n == 1 else more}"] if n else []
+        of = {"joints": [], "bodies": 0, "classes": 0, "lost": 0, **self.about}
+        guessed = [s.name for v in of["joints"] if self.guess and (s := known_layout(v))]
+        taken = f" (taken as {', '.join(guessed)})" if guessed else ""
+        parts = many(len(self), "clip", "clips") or ["0 clips"]
+        parts += [" or ".join(map(str, of["joints"])) + f" joints{taken}"] if of["joints"] else []
+        parts += [f"up to {bodies}" for bodies in many(of["bodies"], "body", "bodies")]
+        parts += many(of["classes"], "class", "classes")
+        parts += [f"{of['lost']:,} more without a skeleton"] if of["lost"] else []
+        return f"{self.path.name or self.path}: {self.title}: {', '.join(parts)}"
 
     def __repr__(self):
         return f"Clips({self.summary})"
@@ -733,182 +711,193 @@ def read_item(i, clips=None):
     except ClipError as e:
         return e
 
-# %% ../nbs/11_clips.ipynb #702292bf
+# %% ../nbs/11_clips.ipynb #2a8535f9
 _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
 
 
-def read_label_list(data, path):
+def read_label_list(source):
     "{name: (label, words)} of a Kinetics label list; entries without a skeleton have None."
+    data, path, _ = read_source(source)
     if data[:2] == b"\x1f\x8b":
         try:
-            with gzip.GzipFile(fileobj=io.BytesIO(data)) as file:
-                data = file.read((1 << 26) + 1)
-        except (OSError, EOFError, zlib.error) as e:
+            data = gzip.GzipFile(fileobj=io.BytesIO(data)).read((1 << 26) + 1)
+        except Exception as e:  # OSError, EOFError, zlib.error
             raise ClipError(path, "", f"not a readable gzip file ({e})") from None
-        expect(len(data) <= 1 << 26, path, "", "too large for a label list")
+        expect(path, len(data) <= 1 << 26, "too large for a label list")
     content, listed = load_json(data, path), {}
-    expect(isinstance(content, dict), path, "", "a label list must be {name: {label, label_index, has_skeleton}}")
+    expect(path, isinstance(content, dict), "a label list must be {name: {label, label_index, …}}")
     for name, entry in content.items():
-        whole = isinstance(entry, dict) and type(entry.get("label_index")) is int and isinstance(entry.get("label"), str)
-        expect(whole and entry["label_index"] >= 0, path, snippet(name), "must have label (text) and label_index (a number from 0)")
-        listed[name] = (entry["label_index"], entry["label"]) if entry.get("has_skeleton", True) else None
+        entry = entry if isinstance(entry, dict) else {}
+        label, words = entry.get("label_index"), entry.get("label")
+        whole = type(label) is int and label >= 0 and isinstance(words, str)
+        reason = "must have label (text) and label_index (a number from 0)"
+        expect(path, whole, reason, snippet(name))
+        listed[name] = (label, words) if entry.get("has_skeleton", True) else None
     return listed
 
 
 def label_lists(files, labels):
     "All label lists in a folder or archive, beside it, or given, as one; None if there is none."
-    found = [(files.where(i), files.read(i)) for i, n in enumerate(files.names) if _LABEL_LIST.fullmatch(n)]
+    found = [files.open(i) for i, n in enumerate(files.names) if _LABEL_LIST.fullmatch(n)]
     if labels is not None and not isinstance(labels, dict):
-        found.append((labels, read_source(labels, None, 1 << 26)[0]))
+        found.append(labels)
     elif files.path.is_dir():
-        beside = [files.path.parent / f"{files.path.resolve().name}_label.json{end}" for end in ("", ".gz")]
-        found += [(path, read_file(path)) for path in beside if path.is_file()]
-    listed = {k: v for path, data in found for k, v in read_label_list(data, path).items()}
+        beside = [Path(f"{files.path.resolve()}_label.json{end}") for end in ("", ".gz")]
+        found += [path for path in beside if path.is_file()]
+    listed = {k: v for source in found for k, v in read_label_list(source).items()}
     return (listed | labels if isinstance(labels, dict) else listed) or None
 
-# %% ../nbs/11_clips.ipynb #8b58920b
-def where_of_file(files, members, i):
-    "What an error message calls clip i of files that hold one recording each."
-    return files.where(members[i])
-
-
-def where_of_array(arrays, i):
-    "What an error message calls clip i of an ArraySet."
-    return f"{arrays.path}/{arrays.names[i]}"
-
-
+# %% ../nbs/11_clips.ipynb #1972e13f
 def clip_of_file(files, members, names, kind, skeleton, listed, i):
     "Clip i of files that hold one recording each."
-    where, options = files.where(members[i]), {} if listed is None else {"listed": listed.get(names[i])}
-    clip = READERS[kind][3](files.read(members[i]), where, names[i], skeleton, **options)
-    part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.path.name}/{files.names[members[i]]}")
-    clip.split = clip.split or ({"kinetics": "train" if part[1] == "train" else "test"} if part else {})
+    at = members[i]
+    more = {} if listed is None else {"listed": listed.get(names[i])}
+    clip = READERS[kind][3](files.open(at), names[i], skeleton, **more)
+    part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.path.name}/{files.names[at]}")
+    if part and not clip.split:
+        clip.split = {"kinetics": "train" if part[1] == "train" else "test"}
     return clip
 
 
 def clip_of_arrays(arrays, skeleton, i):
     "Clip i of an ArraySet."
-    name, where = arrays.names[i], where_of_array(arrays, i)
+    name, where = arrays.names[i], f"{arrays.path}/{arrays.names[i]}"
     try:
         raw = arrays.record(i)
-    except ValueError as e:
+    except Exception as e:  # a ValueError, or what zipfile says of damaged members
         raise ClipError(where, "", e) from None
-    except Exception as e:  # what zipfile says of damaged members
-        raise ClipError(where, "", f"can't be read: {e}") from None
     tags, by_name, _ = ntu_words(name)
-    joints, label, V = as_float32(raw["joints"], where, "joints"), raw["label"], raw["joints"].shape[2]
+    joints, label = as_float32(raw["joints"], where, "joints"), raw["label"]
     limit = MAX_METRES if joints.shape[3] == 3 else MAX_IMAGE
-    expect((np.abs(joints) <= limit).all(), where, "joints", f"hold a number that is not finite or beyond ±{limit:g}")
+    within = (np.abs(joints) <= limit).all()
+    expect(where, within, f"hold a number that is not finite or beyond ±{limit:g}", "joints")
     if (visible := raw.get("visible")) is not None:
         visible = as_scores(as_float32(visible, where, "scores"), where, "scores")
-    if tags and label is not None and V == 25:
-        expect(label == by_name, where, "label", f"is {label}, but the name says {by_name} (action {by_name + 1})")
-    is_ntu = tags or (V == 25 and arrays.path.name.upper().startswith("NTU"))  # CTR-GCN's: no names
-    words = _NTU_CLASSES[label] if is_ntu and label is not None and label < len(_NTU_CLASSES) else None
+    kinect = joints.shape[2] == 25
+    same = label in (None, by_name) or not (tags and kinect)
+    expect(where, same, f"is {label}, but the name says {by_name}", "label")
+    is_ntu = tags or (kinect and arrays.path.name.upper().startswith("NTU"))  # CTR-GCN: no names
+    words = _NTU_CLASSES.get(label) if is_ntu else None
+    about = label, skeleton, words, {**tags, **raw["tags"]}, raw["split"]
     try:
-        return Clip(joints, visible, name, label, skeleton, words, {**tags, **raw["tags"]}, raw["split"])
+        return Clip(joints, visible, name, *about)
     except ClipError as e:
         raise ClipError(where, e.place, e.reason) from None
 
-
-KNOWN = "\n".join([
-    "one file a clip, in a folder, a .zip, a .tar.*, a folder of archives, or alone:", *(f"  {title}" for _, title, *_ in READERS.values()),
-    "one file for all, also in a .zip:", *(f"  {form}" for form in ARRAY_FORMS),
-    "a prepared store", "and anything else by way of Python: ClipStore.build([Clip(joints, name=…, label=…, skeleton=…), …], folder)",
-])
+# %% ../nbs/11_clips.ipynb #048d9bef
+KNOWN = "\n  ".join([
+    "one file a clip, in a folder, a .zip, a .tar.*, a folder of archives, or alone:",
+    *(title for _, title, *_ in READERS.values()),
+    "or one file for all, also in a .zip:", *ARRAY_FORMS,
+    "or a prepared store; and anything else by way of Python:",
+    "ClipStore.build([Clip(joints, name=…, label=…, skeleton=…), …], folder)",
+])  # fmt: skip
+ADVICE = {  # endings: what one could do
+    ".zip .tar .gz .tgz .xz .bz2 .rar .7z": "Archives within an archive, or of a kind that isn't "
+    "read in place: unpack them first. ",
+    ".pkl .pickle .npy": "Arrays inside a .tar are not read in place: unpack it first. ",
+    ".csv .txt .mat .h5 .hdf5 .bvh .c3d .pt .pth .xml .tsv": "Such files have no common layout: "
+    "read one into an array (frames, joints, coordinates) and make a Clip of it, or np.savez it in "
+    "the plain form. ",
+}
 
 
 def refuse_unknown(files, endings):
     "ClipError for files of which none is known: what is there, what one could do, what is known."
-    expect(endings, files.path, "", "no recordings found here: there is no file in it (hidden ones don't count)")
-    alone = endings[0] if len(endings) == 1 and files.path.is_file() else ""
-    expect(alone not in (".zip", ".tar", ".tgz"), files.path, "", f"no {alone} archive, or a damaged one: fetch or pack it again")
-    advice = ""
+    check = partial(expect, files.path)
+    check(endings, "no recordings found here: there is no file in it (hidden ones don't count)")
+    if files.path.is_file() and len(endings) == 1:
+        damaged = endings[0] in (".zip", ".tar", ".tgz")
+        check(not damaged, f"no {endings[0]} archive, or a damaged one: fetch or pack it again")
+    advice = [text for known, text in ADVICE.items() if {*endings} & {*known.split()}][:1]
     if any(_LABEL_LIST.fullmatch(name) for name in files.names):
-        advice = "A label list, but the recordings that it lists are missing. "
-    elif {*endings} & {".zip", ".tar", ".gz", ".tgz", ".xz", ".bz2", ".rar", ".7z"}:
-        advice = "Archives within an archive, or of a kind that isn't read in place: unpack them first. "
-    elif {*endings} & {".pkl", ".pickle", ".npy"}:
-        advice = "Arrays inside a .tar are not read in place: unpack it first. "
-    elif {*endings} & {".csv", ".txt", ".mat", ".h5", ".hdf5", ".bvh", ".c3d", ".pt", ".pth", ".xml", ".tsv"}:
-        advice = ("Such files have no common layout: read one into an array (frames, joints, coordinates) and make a Clip of it, "
-                  "or np.savez it in the plain form. ")
-    have = ", ".join(f"{endings.count(e):,} {e or 'other'}" for e in sorted({*endings})[:8])
-    raise ClipError(files.path, "", f"no recordings found here, but {have}. {advice}Known are\n{KNOWN}")
+        advice = ["A label list, but the recordings that it lists are missing. "]
+    have = ", ".join(f"{n:,} {e or 'other'}" for e, n in sorted(Counter(endings).items())[:8])
+    check(False, f"no recordings found here, but {have}. {''.join(advice)}Known are\n{KNOWN}")
 
 
 def find_kind(files, kind):
     "(kind, indices of its files) of files that hold one recording each."
-    endings = [os.path.splitext(n)[1].lower() if not _LABEL_LIST.fullmatch(n) else "" for n in files.names]
+    check = partial(expect, files.path)
+    names = ["" if _LABEL_LIST.fullmatch(name) else name for name in files.names]
+    endings = [os.path.splitext(name)[1].lower() for name in names]
     if kind is not None:
-        expect(kind in READERS, files.path, "", f"unknown kind {kind!r}; known are {', '.join(READERS)}")
+        check(kind in READERS, f"unknown kind {kind!r}; known are {', '.join(READERS)}")
         return kind, [i for i, e in enumerate(endings) if e == READERS[kind][0]]
     there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
     if not there:
         refuse_unknown(files, endings)
     counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
-    expect(len(there) == 1, files.path, "", f"holds {counts} files; say which with kind=… (ntu, ucla, kinetics or plain)")
+    say = "say which with kind=… (ntu, ucla, kinetics or plain)"
+    check(len(there) == 1, f"holds {counts} files; {say}")
     members = [i for i, e in enumerate(endings) if e == there[0]]
     if there != [".json"]:
         return {".skeleton": "ntu", ".npz": "plain"}[there[0]], members
     for i in members[:50]:  # the first that tells
         try:
-            data = files.read(i)
+            data, *_ = read_source(files.open(i))
         except ClipError:
             continue
-        if found := next((k for word, k in ((b'"skeletons"', "ucla"), (b'"data"', "kinetics")) if word in data), None):
-            return found, members
+        for word, found in ((b'"skeletons"', "ucla"), (b'"data"', "kinetics")):
+            if word in data:
+                return found, members
     if len(members) == 1:
-        load_json(files.read(members[0]), files.where(members[0]))  # damaged? then say so
-    raise ClipError(files.path, "", "JSON files with neither 'skeletons' (Northwestern-UCLA) nor 'data' (Kinetics-Skeleton)")
+        load_json(data, files.where[members[0]])  # damaged? then say so
+    check(False, "JSON with neither 'skeletons' (Northwestern-UCLA) nor 'data' (Kinetics-Skeleton)")
 
-# %% ../nbs/11_clips.ipynb #47fb5459
+# %% ../nbs/11_clips.ipynb #a29e4994
 def open_clips(
     path,  # a folder, a .zip, a .tar.*, or one file
-    kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain" for one file a clip; None: found out
+    kind: str | None = None,  # "ntu", "ucla", "kinetics", "plain": one file a clip; None: found out
     skeleton: Skeleton | None = None,  # your own body layout, where the files don't say it
-    errors: str = "raise",  # "raise" stops at the first bad file, "collect" leaves bad ones out and lists them
-    labels=None,  # path of a label list (Kinetics) or label pickle (.npy); None: looked for in and beside the input
+    errors: str = "raise",  # at the first bad file, or "collect": leave bad ones out and list them
+    labels=None,  # path of a label list (Kinetics) or label pickle (.npy); None: looked for
 ) -> Clips:
-    """Find out what is at a path and read it clip by clip, in the order of names; `.summary` says what it was taken for.
+    """Find out what is at a path and read it clip by clip, in the order of names.
 
-    Hidden files are left out. With a Kinetics label list, files listed as having no skeleton are left out too. ClipError
-    when nothing known is there, with a list of what is known.
+    `.summary` says what it was taken for. Hidden files are left out. With a Kinetics label list,
+    files listed as having no skeleton are left out too. ClipError when nothing known is there, with
+    a list of what is known.
     """
     if errors not in ("raise", "collect"):
         raise ValueError(f'errors must be "raise" or "collect", got {errors!r}')
-    if kind is None and Path(path).is_dir() and (Path(path) / "header.json").is_file():
-        stored = [p for p in ("rows.npy", "joints.npy") if (Path(path) / p).is_file()]
-        expect(not stored, path, "", "a prepared store: open it with stf.dataset.ClipStore")
-    if kind is None and Path(path).exists():
+    path, arrays = Path(path), None
+    stored = [(path / name).is_file() for name in ("header.json", "rows.npy", "joints.npy")]
+    store = stored[0] and any(stored[1:])
+    expect(path, not store, "a prepared store: open it with stf.dataset.ClipStore")
+    if kind is None and path.exists():
         try:
             arrays = open_arrays(path, labels, skeleton.num_joints if skeleton else 25)
         except Exception as e:  # a ValueError, or what zipfile and the file system say
             raise ClipError(path, "", e) from None
-        if arrays is not None:
-            told = skeleton or ntu_words(arrays.names[0])[0] or Path(path).name.upper().startswith("NTU")
-            return Clips(path, arrays.title, arrays.names, partial(clip_of_arrays, arrays, skeleton),
-                         partial(where_of_array, arrays), errors, not told, **arrays.about)
+    if arrays is not None:
+        told = skeleton or ntu_words(arrays.names[0])[0] or path.name.upper().startswith("NTU")
+        where = [f"{path}/{name}" for name in arrays.names]
+        read = partial(clip_of_arrays, arrays, skeleton)
+        about = arrays.title, arrays.names, read, where, errors, not told
+        return Clips(path, *about, **arrays.about)
     files = Files(path)
     kind, members = find_kind(files, kind)
-    expect(members, files.path, "", f"no {READERS[kind][0]} file here")
+    ending, title, layout, _ = READERS[kind]
+    expect(path, members, f"no {ending} file here")
     listed, found = label_lists(files, labels) if kind == "kinetics" else None, len(members)
-    if listed is not None:
-        members = [i for i in members if listed.get(stem(files.names[i]), ()) is not None]
-        expect(members, files.path, "", "the label list says that none of these files has a skeleton")
+    members = [i for i in members if not listed or listed.get(stem(files.names[i]), ()) is not None]
+    expect(path, members, "the label list says that none of these files has a skeleton")
     names = [stem(files.names[i]) for i in members]
-    if kind == "plain" and len({*names}) < len(names):  # run/01.npz and walk/01.npz: the folder belongs to the name
+    if kind == "plain" and len({*names}) < len(names):  # run/01.npz and walk/01.npz
         names = [os.path.splitext(files.names[i])[0] for i in members]
-    known, title = READERS[kind][2], READERS[kind][1]
-    joints = [skeleton.num_joints] if skeleton else [SKELETONS[known].num_joints] if known else []
-    if not joints:  # the plain form may say it
+    told = skeleton or (layout and SKELETONS[layout])
+    joints = [told.num_joints] if told else []
+    if not told:  # the plain form may say it
         try:
-            first = read_npz(files.read(members[0]), "")
-            joints = [first["joints"].shape[-2]]
-        except (ClipError, KeyError, IndexError):
-            first = {}
-    found_in = [re.fullmatch(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+", n) for n in names]
-    classes = {n[1] or n[2] for n in found_in if n} | {entry[0] for entry in (listed or {}).values() if entry}
-    return Clips(files.path, title, names, partial(clip_of_file, files, members, names, kind, skeleton, listed),
-                 partial(where_of_file, files, members), errors, not known and not skeleton and "skeleton" not in first,
-                 joints=joints, classes=len(classes), lost=found - len(members))
+            first, *_ = read_npz(files.open(members[0]))
+            joints, told = [first["joints"].shape[-2]], "skeleton" in first
+        except (ClipError, LookupError):
+            pass
+    pattern = re.compile(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+")
+    classes = {m[1] or m[2] for m in map(pattern.fullmatch, names) if m}
+    classes |= {entry[0] for entry in (listed or {}).values() if entry}
+    read = partial(clip_of_file, files, members, names, kind, skeleton, listed)
+    where, lost = [files.where[i] for i in members], found - len(members)
+    about = dict(joints=joints, classes=len(classes), lost=lost)
+    return Clips(path, title, names, read, where, errors, not told, **about)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stf.clips import open_clips, read_ntu
+from stf.people import bend_limb, centre_of_mass, key_weights, make_person
 from stf.skeleton import SKELETONS
 from stf.synthetic import (
     ACTIONS,
@@ -16,12 +17,8 @@ from stf.synthetic import (
     Observation,
     SyntheticConfig,
     acting_joints,
-    bend_limb,
-    centre_of_mass,
     example_clips,
     format_ntu,
-    key_weights,
-    make_person,
     observe,
     perform,
     read_action_masks,
