@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'FORMAT', 'VERSION', 'REBUILD', 'protocol_name', 'name_tags', 'protocol_side',
-           'StoreError', 'Batch', 'check_alike', 'make_batch', 'json_bytes', 'file_hash', 'checksum', 'read_header',
-           'verify_store', 'read_items', 'write_store', 'ClipStore', 'check_indices', 'open_input', 'validation_split',
-           'fraction', 'splits', 'epoch_batches', 'Batches', 'load_batches']
+           'StoreError', 'Batch', 'make_batch', 'json_bytes', 'checksum', 'read_header', 'verify_store', 'ClipStore',
+           'open_input', 'validation_split', 'fraction', 'splits', 'epoch_batches', 'Batches', 'load_batches']
 
 # %% ../nbs/14_dataset.ipynb #17dd3f81
 import difflib
@@ -87,7 +86,7 @@ class Batch(NamedTuple):
     y: torch.Tensor
 
 
-def check_alike(a, b, error=ValueError):
+def _check_alike(a, b, error=ValueError):
     "Two clips can stand in one batch or store; else an error that names them."
     if b.skeleton is None:
         raise error(f"clip {b.name!r} has no skeleton, and none with {b.joints.shape[2]} joints is "
@@ -111,7 +110,7 @@ def make_batch(
     "Prepare some clips. ValueError for no clips, unlike ones, or options that don't fit them."
     clips, x = [clips] if isinstance(clips, Clip) else list(clips), []
     for clip, number in zip(clips, range(len(clips)) if numbers is None else numbers):
-        check_alike(clips[0], clip)
+        _check_alike(clips[0], clip)
         own = None if seed is None else (*np.atleast_1d(seed).tolist(), int(number))
         x.append(prepare(clip, seed=own, **options).x)
     if not clips:
@@ -131,7 +130,7 @@ def json_bytes(value, indent=None) -> bytes:
     return (text + "\n").encode()
 
 
-def file_hash(path) -> str:
+def _file_hash(path) -> str:
     "SHA-256 of a file."
     found = hashlib.sha256()
     with open(path, "rb") as f:
@@ -171,12 +170,12 @@ def verify_store(folder) -> dict:
     "The header of a store whose files are as they were built, byte for byte, or StoreError."
     header = read_header(folder)
     of = {name: known["sha256"] for name, known in header["files"].items()}
-    if changed := [name for name in of if file_hash(Path(folder) / name) != of[name]]:
+    if changed := [name for name in of if _file_hash(Path(folder) / name) != of[name]]:
         raise StoreError(f"{folder}: {', '.join(changed)}: changed since it was built; {REBUILD}")
     return header
 
 # %% ../nbs/14_dataset.ipynb #1023f98a
-def read_items(clips, workers=0):
+def _read_items(clips, workers=0):
     "Clips in order, with a ClipError in place of each that can't be read. StoreError."
     clips = [clips] if isinstance(clips, Clip) else clips
     if not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
@@ -198,7 +197,7 @@ _HEAD = 128  # bytes of an .npy header, which is written when the number of rows
 _NO_LABEL = "has no label: set Clip.label (to classify clips without labels, no store is needed)"
 
 
-def write_store(items, folder, classes=None, skip=frozenset(), strict=False):
+def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
     "Write a store's files of Clips and ClipErrors into a folder. StoreError names what is unfit."
     given = classes is not None
     if given and (isinstance(classes, str) or not 0 < len(classes) == len({*classes})):
@@ -221,7 +220,7 @@ def write_store(items, folder, classes=None, skip=frozenset(), strict=False):
             if isinstance(item, ClipError):
                 left_out["refused"].append(vars(item))
                 continue
-            check_alike(first := first or item, item, StoreError)
+            _check_alike(first := first or item, item, StoreError)
             if name in names:
                 raise StoreError(f"two clips are called {name!r}: rename one, or leave it out")
             names.add(name)
@@ -258,7 +257,7 @@ def write_store(items, folder, classes=None, skip=frozenset(), strict=False):
     if len({of["name"] for of in table}) < len(table):
         raise StoreError(f"two labels have one class name: {table}")
     files = [folder / "rows.npy", folder / "clips.jsonl"]
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_hash(p)} for p in files}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _file_hash(p)} for p in files}
     header = {"format": FORMAT, "version": VERSION, "clips": len(names), "classes": table,
               "coordinates": whole.shape[3] - 1, "preprocessed": first.tags.get("preprocessed"),
               "skeleton": asdict(first.skeleton), "files": files, **left_out}
@@ -356,7 +355,7 @@ class ClipStore:
         **options,  # of make_batch
     ) -> Batch:
         "x (N,C,T,V,M) and y (N,) of some clips. ValueError for options that don't fit."
-        indices = check_indices(indices, len(self))
+        indices = _check_indices(indices, len(self))
         options |= dict(stream=stream, preprocess=preprocess, length=length, num_bodies=num_bodies)
         return make_batch(map(self._read, indices), self.labels[indices], indices, **options)
 
@@ -395,7 +394,7 @@ class ClipStore:
         classes=None,  # names or numbers of classes, in their new order; None: all
     ):
         "A view of some clips, or of the clips of some classes. StoreError if nothing is left."
-        view = self._view(check_indices(indices, len(self)))
+        view = self._view(_check_indices(indices, len(self)))
         if classes is None:
             return view
         chosen = [self._class(c) for c in ([classes] if isinstance(classes, str) else classes)]
@@ -477,8 +476,8 @@ class ClipStore:
                 if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
                     shutil.rmtree(left)
             total = len(clips) if hasattr(clips, "__len__") else None
-            items = tqdm(read_items(clips, workers), "clips", total, disable=not progress)
-            write_store(items, aside, classes, frozenset(skip), strict)
+            items = tqdm(_read_items(clips, workers), "clips", total, disable=not progress)
+            _write_store(items, aside, classes, frozenset(skip), strict)
             if is_store:
                 os.rename(folder, old)
             os.rename(aside, folder)
@@ -494,7 +493,7 @@ class ClipStore:
         return cls(folder)
 
 
-def check_indices(indices, N) -> np.ndarray:
+def _check_indices(indices, N) -> np.ndarray:
     "(n,) int64 clip numbers of numbers or a mask (N,); None: all. ValueError, IndexError."
     indices = np.arange(N) if indices is None else np.asarray(indices)
     if indices.dtype == bool and indices.shape == (N,):

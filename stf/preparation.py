@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BODY_RULES', 'MAX_LISTED', 'STREAMS', 'PRESETS', 'TIMES', 'body_centre', 'body_height', 'linked_bodies', 'list_ranks',
-           'listed_bodies', 'is_person', 'keep_places', 'choose_bodies', 'best_scores', 'frames_shown', 'Shown', 'show',
-           'paper', 'rotation_onto', 'fill_up', 'msg3d', 'show_once', 'msg3d_flat', 'as_they_are', 'resized_frames',
-           'blend', 'Augment', 'check_number', 'crop', 'resample', 'mirror_joints', 'flip', 'scale', 'rotate', 'drop',
-           'vary', 'bone_parents', 'make_stream', 'in_channels', 'check_options', 'Prepared', 'prepare']
+           'listed_bodies', 'frames_shown', 'Shown', 'show', 'paper', 'rotation_onto', 'fill_up', 'msg3d',
+           'resized_frames', 'blend', 'Augment', 'crop', 'resample', 'mirror_joints', 'flip', 'scale', 'rotate', 'drop',
+           'vary', 'bone_parents', 'make_stream', 'in_channels', 'Prepared', 'prepare']
 
 # %% ../nbs/13_preparation.ipynb #c3c38dae
 from dataclasses import dataclass, replace
@@ -76,34 +75,34 @@ BODY_RULES = {  # name → score of a body's joints (frames,V,3)
 }
 
 
-def is_person(x):
+def _is_person(x):
     "Whether a body is there in 12 frames or more, and rarely wider than 0.8 heights (y is up)."
     width, height = np.ptp(x[..., :2], axis=1).T
     return len(x) > 11 and (width > 0.8 * height).mean() <= 0.7
 
 
-def keep_places(table, num_bodies):
+def _keep_places(table, num_bodies):
     "The first places of a table; −1 in those that it lacks."
     lacking = max(0, num_bodies - len(table))
     return np.pad(table[:num_bodies], ((0, lacking), (0, 0)), constant_values=-1)
 
 
-def choose_bodies(table, joints, num_bodies, rule="spread"):
+def _choose_bodies(table, joints, num_bodies, rule="spread"):
     "(M,T) the places of a table (P,T) that score highest by a rule, highest first."
     if len(table) > 1:
         own = [joints[row[row >= 0], np.flatnonzero(row >= 0)].astype(float) for row in table]
         score = np.array([BODY_RULES[rule](x) if len(x) else -1 for x in own])
-        if rule == "denoise" and any(people := [is_person(x) for x in own]):
+        if rule == "denoise" and any(people := [_is_person(x) for x in own]):
             score = np.where(people, score, -1)
         table = table[np.argsort(-score, kind="stable")][np.sort(-score) <= 0]
-    return keep_places(table, num_bodies)
+    return _keep_places(table, num_bodies)
 
 
-def best_scores(table, visible, num_bodies):
+def _best_scores(table, visible, num_bodies):
     "(M,T) in each frame the bodies with the highest sums of scores (M,T,V), highest first."
     score = visible.sum(2, dtype=float)[table, np.arange(table.shape[1])]
     order = np.argsort(np.where(table >= 0, -score, 1), axis=0, kind="stable")
-    return keep_places(np.take_along_axis(table, order, 0), num_bodies)
+    return _keep_places(np.take_along_axis(table, order, 0), num_bodies)
 
 # %% ../nbs/13_preparation.ipynb #50023efe
 def frames_shown(frames, length):
@@ -133,9 +132,9 @@ def paper(clip, length, num_bodies, bodies="spread", t=None):
     "Centred on the main body, divided by its height, repeated to T (or at frames t)."
     skeleton, frames, flat = clip.skeleton, clip.joints.shape[1], clip.joints.shape[3] == 2
     if flat:
-        body = best_scores(listed_bodies(clip), clip.visible, num_bodies)
+        body = _best_scores(listed_bodies(clip), clip.visible, num_bodies)
     else:
-        body = choose_bodies(linked_bodies(clip.present), clip.joints, num_bodies, bodies)
+        body = _choose_bodies(linked_bodies(clip.present), clip.joints, num_bodies, bodies)
     (main,), (seen,), *_ = show(clip, body[:1], np.arange(frames))
     centre = body_centre(main, seen, skeleton.centre)
     height = np.float32(body_height(main, seen, list(skeleton.height)))
@@ -179,7 +178,7 @@ def msg3d(clip, length, num_bodies, t=None):
     skeleton, frames = clip.skeleton, clip.joints.shape[1]
     body = listed_bodies(clip)
     packed = np.take_along_axis(body, np.argsort(body < 0, axis=0, kind="stable"), 0)
-    body = choose_bodies(packed[:MAX_LISTED], clip.joints, num_bodies)
+    body = _choose_bodies(packed[:MAX_LISTED], clip.joints, num_bodies)
     if t is None:
         sampled = frames_shown(frames, min(frames, length))
         at = sampled[fill_up(body[:, sampled], length)]
@@ -194,25 +193,25 @@ def msg3d(clip, length, num_bodies, t=None):
     return Shown(*(a[:, 1:] for a in (x, *shown[1:])))
 
 
-def show_once(clip, body, length, t=None):
+def _show_once(clip, body, length, t=None):
     "Bodies (M,T) from the first frame on and nobody after the last one, or at frames t."
     t = frames_shown(body.shape[1], min(length, body.shape[1])) if t is None else t
     after = (0, max(0, length - len(t)))  # nobody
     return show(clip, np.pad(body[:, t], ((0, 0), after), constant_values=-1), np.pad(t, after))
 
 
-def msg3d_flat(clip, length, num_bodies, t=None):
+def _msg3d_flat(clip, length, num_bodies, t=None):
     "The same of Kinetics: image centre subtracted, y up, each frame's highest scores."
-    shown = show_once(clip, best_scores(listed_bodies(clip), clip.visible, num_bodies), length, t)
+    shown = _show_once(clip, _best_scores(listed_bodies(clip), clip.visible, num_bodies), length, t)
     x = (shown.x - np.float32(0.5)) * np.float32([1, -1]) * (shown.visible != 0)[..., None]
     return shown._replace(x=x)
 
 # %% ../nbs/13_preparation.ipynb #5f3e7cec
-def as_they_are(clip, length, num_bodies, t=None):
+def _as_they_are(clip, length, num_bodies, t=None):
     "A clip that went through msg3d before: in 3D repeated to T, else nobody after its end."
     if t is None and clip.joints.shape[3] == 3:
         t = frames_shown(clip.joints.shape[1], length)
-    return show_once(clip, keep_places(listed_bodies(clip), num_bodies), length, t)
+    return _show_once(clip, _keep_places(listed_bodies(clip), num_bodies), length, t)
 
 # %% ../nbs/13_preparation.ipynb #2670ab7f
 def resized_frames(frames, length):
@@ -254,13 +253,13 @@ class Augment:
             value = getattr(self, name)
             if type(value) not in (int, float) or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
-        check_number("crop_least", self.crop_least)
+        _check_number("crop_least", self.crop_least)
 
     def __bool__(self):
         return replace(self, crop_least=1) != Augment()
 
 
-def check_number(name, value):
+def _check_number(name, value):
     "ValueError unless value is a whole number, at least 1."
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
         raise ValueError(f"{name} must be a whole number, at least 1, got {value!r}")
@@ -372,14 +371,14 @@ def in_channels(coordinates, preprocess="paper"):
     return coordinates + (coordinates == 2 or preprocess == "paper")
 
 
-def check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed):
+def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed):
     "ValueError for options of `prepare` that are unknown, or that can't be had of this clip."
     for what, value, known in (("stream", stream, STREAMS), ("preprocess", preprocess, PRESETS),
                                ("bodies", bodies, BODY_RULES), ("time", time, TIMES)):  # fmt: skip
         if value not in known:
             raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
-    check_number("length", length)
-    check_number("num_bodies", num_bodies)
+    _check_number("length", length)
+    _check_number("num_bodies", num_bodies)
     skeleton, C, done = clip.skeleton, clip.joints.shape[3], clip.tags.get("preprocessed")
     public, axes = preprocess == "msg3d" and not done, (skeleton.spine, skeleton.shoulders)
     for wrong, why in (
@@ -422,7 +421,7 @@ def prepare(
     seed=None,  # of the variant: whole numbers, (seed, epoch, clip)
 ) -> Prepared:
     "A network's input from one clip. ValueError for options that are unknown or don't fit it."
-    check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed)
+    _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed)
     frames, C, t, share = clip.joints.shape[1], clip.joints.shape[3], None, None
     rng, start, n = augment and np.random.default_rng(seed), 0, frames
     if augment and augment.crop < 1:
@@ -435,7 +434,7 @@ def prepare(
     if preprocess == "paper":
         shown = paper(clip, length, num_bodies, bodies, t)
     else:
-        public = as_they_are if clip.tags.get("preprocessed") else msg3d if C == 3 else msg3d_flat
+        public = _as_they_are if clip.tags.get("preprocessed") else msg3d if C == 3 else _msg3d_flat
         shown = public(clip, length, num_bodies, t)
     x, visible, body, frame = shown if share is None else blend(shown, share)
     if augment:
