@@ -801,7 +801,7 @@ def _refuse_unknown(files, endings):
     listed = any(_LABEL_LIST.fullmatch(name) for name in files.names)
     have = ", ".join(f"{n:,} {e or 'other'}" for e, n in sorted(Counter(endings).items())[:8])
     have = "a label list, and the recordings that it lists are missing" if listed else have
-    check(False, f"no recordings found here, but {have}. Known are {KNOWN}")
+    check(False, f"no recordings found here, but {have}. Known are\n  {KNOWN}")
 
 
 def _find_kind(files, kind):
