@@ -622,7 +622,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.preparation._check_options': ('preparation.html#_check_options', 'stf/preparation.py'),
                                  'stf.preparation._choose_bodies': ('preparation.html#_choose_bodies', 'stf/preparation.py'),
                                  'stf.preparation._is_person': ('preparation.html#_is_person', 'stf/preparation.py'),
-                                 'stf.preparation._keep_places': ('preparation.html#_keep_places', 'stf/preparation.py'),
+                                 'stf.preparation._keep_slots': ('preparation.html#_keep_slots', 'stf/preparation.py'),
                                  'stf.preparation._msg3d_flat': ('preparation.html#_msg3d_flat', 'stf/preparation.py'),
                                  'stf.preparation._show_once': ('preparation.html#_show_once', 'stf/preparation.py'),
                                  'stf.preparation.blend': ('preparation.html#blend', 'stf/preparation.py'),

@@ -64,7 +64,7 @@ def store_table(
         "body": f"{store.skeleton.name}: {store.skeleton.num_joints} joints, {store.header['coordinates']} coordinates",
         "bodies": f"1 to {bodies.max()} a clip; {100 * (bodies > 1).mean():.0f} % of the clips have more than one" if bodies.max() > 1 else "1 a clip",
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
-        "protocols": "; ".join(f"{p}: {a:,} training, {b:,} test" for p, (a, b) in protocols(store).items()) or "none (give the clips a split, or subjects)",
+        "protocols": "; ".join(f"{p}: {a:,} training, {b:,} test" for p, (a, b) in protocols(store).items()) or "none (give the clips a split: Clip.split)",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
         "not readable": f"{len(refused):,}",
         "left out": f"{len(skipped):,}" + (f" by the list of missing skeletons ({some(skipped)})" if skipped else ""),

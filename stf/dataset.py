@@ -90,7 +90,8 @@ def _check_alike(a, b, error=ValueError):
     "Two clips can stand in one batch or store; else an error that names them."
     if b.skeleton is None:
         raise error(f"clip {b.name!r} has no skeleton, and none with {b.joints.shape[2]} joints is "
-                    "known: give it one, Clip(..., skeleton=…)")
+                    "known: give it one: Clip(…, skeleton=…), open_clips(…, skeleton=…), "
+                    "`stf prepare --skeleton`, or 'skeleton' in its .npz")
     kinds = [(c.skeleton, c.joints.shape[3], c.tags.get("preprocessed") or None) for c in (a, b)]
     if kinds[0] != kinds[1]:
         said = [f"{s.name}, {C} coordinates{f', {done}' if done else ''}" for s, C, done in kinds]
@@ -187,8 +188,8 @@ def _read_items(clips, workers=0):
         try:
             yield from pool.map(read_item, range(len(clips)), chunksize=32)
         except BrokenProcessPool as e:
-            raise StoreError("a worker process was killed (often for want of memory); "
-                             "build again with fewer workers") from e  # fmt: skip
+            raise StoreError("a worker process ended: a script needs `if __name__ == '__main__':` "
+                             "before the build; else use fewer workers (less memory)") from e
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -248,7 +249,7 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
             row += int(count.sum())
         if not names:
             counts = ", ".join(f"{len(some)} {what}" for what, some in left_out.items())
-            why = "".join(": ".join(row.values()) for row in left_out["refused"][:1])
+            why = "".join(": ".join(filter(None, r.values())) for r in left_out["refused"][:1])
             raise StoreError(f"there is no clip to store ({counts}; {why})")
         rows.seek(0)
         about = {"descr": "<f4", "fortran_order": False, "shape": (row, *whole.shape[2:])}
@@ -310,7 +311,7 @@ class ClipStore:
     def summary(self) -> str:
         "What is in the store, in one line."
         return (f"{self.folder}: a prepared store: {len(self):,} clips, {self.skeleton.num_joints} "
-                f"joints, up to {self.bodies.max()} bodies, {len(self.classes)} classes")
+                f"joints, {self.bodies.max()} bodies at most, {len(self.classes)} classes")
 
     def where(self, i: int) -> str:
         "What an error message calls clip i."
@@ -365,27 +366,32 @@ class ClipStore:
     ):  # (train, test) int64 clip numbers
         """Clip numbers of both sides: as the store says, else by the benchmark's rule.
 
-        A function gets tags with name, label and class_name, and returns "train", "test" or None.
+        A function gets tags with name, label (as in `labels`) and class_name, and returns "train",
+        "test" or None.
         StoreError for a protocol that doesn't apply.
         """
-        rule, stored, sides = protocol, set(), []
+        rule, stored, sides, what = protocol, set(), [], "the rule"
         if not callable(protocol):
             protocol = protocol_name(protocol)
-            rule = partial(protocol_side, protocol=protocol)
+            rule, what = partial(protocol_side, protocol=protocol), f"protocol {protocol!r}"
         for i, name in enumerate(self.names):
             about = self.about(i) | {"name": name, "label": int(self.labels[i])}
             split = {protocol_name(k): v for k, v in about.pop("split").items()}
             stored |= split.keys()
             tags = name_tags(name) | about.pop("tags") | about
             side = split.get(protocol) or rule(tags)
-            sides.append(side if side in (None, "train") else "test")
+            sides.append("test" if side == "val" else side)
+            if sides[-1] not in (None, "train", "test"):
+                raise StoreError(f"{self.folder}: {what} says {side!r} of clip {name!r}; it must "
+                                 "say 'train', 'test' or None")
         lost = [name for name, side in zip(self.names, sides) if side is None]
         doubtful = isinstance(protocol, str) and protocol not in stored
         if len(lost) == len(self) or (lost and doubtful):
             rules = [v for k, v in PROTOCOLS.items() if k not in stored and protocol_side(tags, k)]
-            known = ", ".join(sorted(stored) + rules) or "none; put your own in Clip.split"
-            raise StoreError(f"{self.folder}: protocol {protocol!r} says nothing about {len(lost)} "
-                             f"clips, such as {lost[0]!r}; this store knows {known}")
+            known = ", ".join(sorted(stored) + rules) or "none"
+            raise StoreError(f"{self.folder}: {what} says nothing about {len(lost)} clips, such as "
+                             f"{lost[0]!r}; this store knows {known}; put your own in Clip.split, "
+                             "or pass a function of a clip's tags")
         return tuple(np.flatnonzero([s == side for s in sides]) for side in ("train", "test"))
 
     def subset(
@@ -467,7 +473,7 @@ class ClipStore:
         folder = folder if folder.name not in ("", "..") else folder.resolve()
         is_store = (folder / "header.json").exists()
         if folder.exists() and not (overwrite and is_store):
-            cure = "overwrite=True replaces it" if is_store else "it is no store"
+            cure = "overwrite=True or --overwrite replaces it" if is_store else "it is no store"
             raise StoreError(f"{folder}: already exists; choose another name ({cure})")
         aside, old = (Path(f"{folder}.partial-{what}{os.getpid()}") for what in ("", "old-"))
         try:
@@ -500,7 +506,8 @@ def _check_indices(indices, N) -> np.ndarray:
         indices = np.flatnonzero(indices)
     if indices.ndim != 1 or len(indices) == 0 or indices.dtype.kind not in "iu":
         raise ValueError("indices must be a list of clip numbers, at least one; "
-                         f"got shape {indices.shape}, type {indices.dtype}")
+                         f"got shape {indices.shape}, type {indices.dtype}; "
+                         "store.split(protocol) gives those of a protocol")
     for wrong in indices[(indices < 0) | (indices >= N)][:1]:
         raise IndexError(f"clip numbers go from 0 to {N - 1}; got {wrong}")
     return indices.astype(np.int64)
