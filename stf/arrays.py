@@ -40,7 +40,7 @@ class Rows:
         if self.dtype.hasobject:
             raise ValueError("holds Python objects (a pickle), which are not loaded")
         self.start, self.row = self.file.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
-        whole = self.shape and self.row * self.shape[0] == size - self.start >= 0
+        whole = self.shape and 0 < self.row and self.row * self.shape[0] == size - self.start
         plain = self.dtype.kind in "fiub" and not (fortran and len(self.shape) > 1)
         if not (whole and plain and min(self.shape) >= 0 and self.row <= 1 << 27):
             raise ValueError(f"no plain array of recordings, row by row: {self.dtype} {self.shape} "
@@ -87,12 +87,16 @@ class _Piece:
 class _Array:
     "Stands for a NumPy array in a pickle; `shape`, and `value`, which is read from the file."
 
-    def __init__(self, *state):  # version, shape, type, whether in Fortran's order, content
-        self.build(*state)
+    def __init__(self, content=None, type=None, shape=(), order="C", axes=None):
+        self.content, self.type, self.stored = content, type, shape
+        self.order, self.axes = order, axes
 
-    def build(self, *state):
-        if state:
-            *_, self.shape, self.type, self.fortran, self.content = state
+    def build(self, version, shape, type, fortran, content):
+        self.__init__(content, type, shape, "F" if fortran else "C")
+
+    @property
+    def shape(self):
+        return self.stored if self.axes is None else tuple(self.stored[i] for i in self.axes)
 
     @property
     def value(self):
@@ -101,7 +105,9 @@ class _Array:
             return content if type(content) is list else [content]
         content = content.read() if isinstance(content, _Piece) else content
         content = content.encode("latin1") if isinstance(content, str) else content  # Python 2
-        return np.frombuffer(content, kind).reshape(self.shape, order="F" if self.fortran else "C")
+        array = np.frombuffer(content, kind)
+        array = array.reshape(self.stored, order="F" if self.order == "F" else "C")
+        return array if self.axes is None else array.transpose(self.axes)
 
 
 def _check_keys(keys):
@@ -116,10 +122,8 @@ def _make_dict(pairs=()):
 
 _KNOWN = {
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
-    "numpy.core.multiarray.scalar":
-        lambda kind, content=b"": _Array((), kind, False, content).value[()],
-    "numpy.core.numeric._frombuffer":
-        lambda content, kind, shape, order="C", *_: _Array(shape, kind, order == "F", content),
+    "numpy.core.multiarray.scalar": lambda kind, content=b"": _Array(content, kind).value[()],
+    "numpy.core.numeric._frombuffer": _Array,
     "numpy.dtype": _Type,
     "numpy.ndarray": "a word that can't be called",
     "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
@@ -437,7 +441,8 @@ def open_arrays(
     again, alone = (path, labels, num_joints), not path.is_dir() and ending != ".zip"
     if path.is_dir() or ending in (".npy", ".pkl", ".pickle"):
         folder = path if path.is_dir() else path.parent
-        files = {p.name: (p,) for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."}
+        found = [p for p in sorted(folder.iterdir()) if p.name[0] != "." or p == path]
+        files = {p.name: (p,) for p in found if p.is_file()}
     elif ending == ".zip" and zipfile.is_zipfile(path):
         names = sorted(zipfile.ZipFile(path).namelist())
         files = {n: (path, n) for n in names if not re.search(r"(^|/)(\.|__MACOSX)|/$", n)}
@@ -445,23 +450,35 @@ def open_arrays(
         files = {path.name: (path,)}
     base = lambda name: name.rpartition("/")[2].lower()
     pick = lambda form, names: [name for name in names if re.fullmatch(form, base(name))]
-    own = [path.name] if alone else files
+    own = [name for name in files if not alone or name == path.name]
     arrays, packed = pick(r".*\.npy", own), pick(r".*\.npz", own)
     pickles = pick(r".*(?<!label)\.(pkl|pickle)", own)
     packed = [name for name in packed if _is_ctrgcn(files[name])] if len(packed) <= 16 else []
     joints = pick(r"(train|val|test)_data(_joint)?\.npy", arrays)
-    joints = arrays if alone else [name for name in joints if "joint" in base(name)] or joints
+    joints = [name for name in joints if f"{name[:-4]}_joint.npy" not in joints]
+    joints = arrays if alone else joints
     if alone and (part := re.fullmatch(r"(train|val|test)_label\.(pkl|pickle)", base(path.name))):
         joints, labels = pick(rf"{part[1]}_data(_joint)?\.npy", files)[-1:], path
         if not joints:
             raise ValueError(f"only labels; {part[1]}_data_joint.npy is missing beside it")
     parts = {split_of_file(name) for name in pickles} - {None}
+    sets = {re.sub(r"train|val|test", "", name.lower()) for name in pickles}  # parts of one set
+    others = pick(r".*\.(skeleton|json|npz)(?<!label\.json)", own)
+    others = [name for name in others if name not in packed]
+    inner = {name.rpartition("/")[0] for name in joints}
+    if others and joints + pickles + packed:
+        names = " and ".join((joints + pickles + packed)[:1] + others[:1])
+        raise ValueError(f"holds recordings of several kinds ({names}): name one file, move them "
+                         "apart, or say kind=… for those with a file each")
+    if len(inner) > 1 or joints and pickles + packed:
+        names = ", ".join(sorted(inner - {""}) or (joints + pickles + packed)[:8])
+        raise ValueError(f"holds several data sets; name one of them: {names}")
     if joints:
         joints = sorted(joints, key=lambda name: not base(name).startswith("train"))
         found = msg3d(path, files, joints, labels)
     elif len(packed) == 1 and not pickles:
         found = ctrgcn(path, packed[0], files[packed[0]], num_joints)
-    elif pickles and not packed and len(pickles) in (1, len(parts)):
+    elif pickles and not packed and len(sets) == 1 and len(pickles) in (1, len(parts)):
         pickles = sorted(pickles, key=lambda name: (split_of_file(name) or "  ")[1] != "train")
         found = pyskl(path, {name: files[name] for name in pickles})
     elif arrays:

@@ -6,14 +6,16 @@
 __all__ = ['UCLA_CLASSES', 'MAX_FRAMES', 'MAX_BODIES', 'MAX_METRES', 'MAX_IMAGE', 'MAX_PEOPLE', 'MAX_RATIO', 'RATIO_FROM',
            'READERS', 'KNOWN', 'ClipError', 'expect', 'Clip', 'class_names', 'ntu_missing_skeletons', 'parse_ntu_name',
            'stem', 'read_ntu', 'load_json', 'numbers', 'read_ucla', 'read_kinetics', 'read_plain', 'save_clip', 'Files',
-           'Clips', 'start_worker', 'read_item', 'read_label_list', 'label_lists', 'open_clips']
+           'Clips', 'start_worker', 'read_item', 'read_items', 'read_label_list', 'label_lists', 'open_clips']
 
 # %% ../nbs/11_clips.ipynb #7706b045
 import bz2
+import errno
 import gzip
 import io
 import json
 import lzma
+import operator
 import os
 import re
 import stat
@@ -94,6 +96,9 @@ class Clip:
 
     def __post_init__(self):
         check, label = partial(expect, self.name), self.label
+        for key, kind in (("name", str), ("tags", dict), ("split", dict)):
+            value = getattr(self, key)
+            check(isinstance(value, kind), f"must be a {kind.__name__}, not {value!r:.40}", key)
         self.joints = _as_float32(self.joints, self.name, "joints")
         shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
         check(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
@@ -106,8 +111,9 @@ class Clip:
         check(fits, f"must be {shape[:3]} like the joints, got {w.shape}", "visible")
         check(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
         check(seen.any() or w.any(), "no body in any frame")
-        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool) and label >= 0
-        check(label is None or whole, f"must be an integer ≥ 0 or None, got {label!r}", "label")
+        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
+        whole = label is None or (whole and 0 <= label < 1 << 31)
+        check(whole, f"must be an integer from 0 or None, got {label!r:.40}", "label")
         self.label = None if label is None else int(label)
         self.skeleton = self.skeleton or _known_layout(shape[2])
         V = self.skeleton.num_joints if self.skeleton else shape[2]
@@ -123,6 +129,14 @@ class Clip:
         words = f" {self.class_name!r}" if self.class_name else ""
         return (f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, "
                 f"label {self.label}{words})")
+
+
+def _make_clip(path, *about):
+    "A Clip whose errors name the file."
+    try:
+        return Clip(*about)
+    except ClipError as e:
+        raise ClipError(path, e.place, e.reason) from None
 
 # %% ../nbs/11_clips.ipynb #f20055a0
 def _package_lines(name):
@@ -264,14 +278,14 @@ def _read_source(source, name=None, limit=1 << 26):
 # %% ../nbs/11_clips.ipynb #afe8ce87
 def _listed_ranks(place, frame, bodies) -> list:
     "Each body's rank in the frames' lists, by majority; of the rows (B,) of a file in order."
-    before, same = np.zeros((bodies, bodies), np.int64), frame[1:] == frame[:-1]
-    np.add.at(before, (place[:-1][same], place[1:][same]), 1)
-    order = list(range(bodies))
-    for _ in range(bodies):
-        for i in range(bodies - 1):
-            a, b = order[i : i + 2]
-            if before[b, a] > before[a, b]:
-                order[i : i + 2] = b, a
+    before = np.zeros((bodies, bodies), np.int64)
+    for apart in range(1, np.bincount(frame).max()):
+        same = frame[apart:] == frame[:-apart]
+        np.add.at(before, (place[:-apart][same], place[apart:][same]), 1)
+    order, left = [], list(range(bodies))
+    while left:  # the first before which none of the others is listed
+        ahead = before[left][:, left] > before[left][:, left].T
+        order.append(left.pop(ahead.sum(0).argmin()))
     return [order.index(m) for m in range(bodies)]
 
 
@@ -304,7 +318,7 @@ def read_ntu(
     if (listed := _listed_ranks(place, frame, len(M))) != sorted(listed):
         tags["listed"] = listed
     skeleton = skeleton or SKELETONS["ntu25"]
-    return Clip(whole[..., :3], whole[..., 3] > 0, name, label, skeleton, words, tags)
+    return _make_clip(path, whole[..., :3], whole[..., 3] > 0, name, label, skeleton, words, tags)
 
 # %% ../nbs/11_clips.ipynb #2c0422aa
 def load_json(data, path):
@@ -374,7 +388,7 @@ def read_ucla(
         keys = ("action", "subject", "take", "view", "camera")
         tags = dict(zip(keys, map(int, found.group(1, 2, 3, 4, 4))))
         words = dict(enumerate(UCLA_CLASSES)).get(label)
-    return Clip(joints, None, name, label, skeleton, words, tags)
+    return _make_clip(path, joints, None, name, label, skeleton, words, tags)
 
 # %% ../nbs/11_clips.ipynb #01a0ff68
 MAX_IMAGE, MAX_PEOPLE = 1e5, 5  # 2D coordinates, in pixels or parts; people kept of a frame
@@ -449,7 +463,7 @@ def read_kinetics(
         same = label in (None, listed[0])
         expect(path, same, f"is {label}, but {listed[0]} in the label list", "label_index")
         label, words = listed
-    return Clip(joints, visible, name, label, skeleton, words)
+    return _make_clip(path, joints, visible, name, label, skeleton, words)
 
 # %% ../nbs/11_clips.ipynb #4186a03b
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
@@ -498,29 +512,29 @@ def read_plain(
     try:
         if given and skeleton is None:
             described = given not in SKELETONS
+            check(len(given) < 40_000, "the description is too long", "skeleton")
             skeleton = Skeleton(**load_json(given.encode(), "")) if described else SKELETONS[given]
     except (TypeError, ValueError) as e:
         known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
         raise ClipError(path, "skeleton", f"{_snippet(given)} is not known; {known}") from None
     tags, split = (load_json(own.get(k, "{}").encode(), f"{path}: {k}") for k in ("tags", "split"))
-    tags |= {key: own[key] for key in _PLAIN_TAGS if key in own}
+    own_tags = {key: own[key] for key in _PLAIN_TAGS if key in own}
+    tags = tags | own_tags if isinstance(tags, dict) else tags
     about = own.get("name", name), own.get("label"), skeleton, own.get("class_name"), tags, split
-    try:
-        return Clip(joints, visible, *about)
-    except ClipError as e:
-        raise ClipError(path, e.place, e.reason) from None
+    return _make_clip(path, joints, visible, *about)
 
 # %% ../nbs/11_clips.ipynb #205ec7d2
 def save_clip(
     clip: Clip,
     path,  # file to write, ending in .npz
 ):
-    "Write a clip in the plain form, with all that it knows, for `read_plain` and `open_clips`."
+    "Write a clip in the plain form, with all it knows, for `read_plain`. ValueError: NaN in tags."
+    as_json = partial(json.dumps, allow_nan=False, default=lambda value: value.tolist())
     own = {key: getattr(clip, key) for key in ("label", "class_name", "name")}
     own = {key: value for key, value in own.items() if value is not None}
     if (s := clip.skeleton) is not None:
-        own["skeleton"] = s.name if SKELETONS.get(s.name) == s else json.dumps(asdict(s))
-    own |= {key: json.dumps(getattr(clip, key)) for key in ("tags", "split") if getattr(clip, key)}
+        own["skeleton"] = s.name if SKELETONS.get(s.name) == s else as_json(asdict(s))
+    own |= {key: as_json(getattr(clip, key)) for key in ("tags", "split") if getattr(clip, key)}
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
 # %% ../nbs/11_clips.ipynb #64c0ed64
@@ -581,16 +595,25 @@ class Files:
             plain = self._unpack(path)
             try:
                 with tarfile.open(plain, "r:") as tar:
-                    members = [i for i in tar if i.isreg() and not i.issparse()]
-                parts = [(i.name, (i.offset_data, i.size)) for i in members]
-                return [(name, f"{path}/{name}", plain, part) for name, part in parts]
+                    parts = {}
+                    for i in tar:
+                        if i.isreg() and not i.issparse():
+                            parts[i.name] = i.offset_data, i.size
+                        elif i.islnk() and i.linkname in parts:
+                            parts[i.name] = parts[i.linkname]
+                    tar.fileobj.seek(tar.offset)
+                    whole = tar.fileobj.read(512) == bytes(512)  # a tar ends with zeros
+                expect(path, whole, "the archive is cut off or damaged: fetch or pack it again")
+                return [(name, f"{path}/{name}", plain, part) for name, part in parts.items()]
             except tarfile.ReadError:
                 named = plain is not path or re.search(r"\.tar|\.t.z", path.name)
-                expect(path, not named, "not a whole tar archive")
+                expect(path, not named, "not a whole tar archive; unpack what is no archive first")
         except ClipError:
             raise
         except Exception as e:  # gzip, bz2, lzma, zlib, tarfile and zipfile have many errors
-            raise ClipError(path, "", f"not a readable archive ({e})") from None
+            full = getattr(e, "errno", None) == errno.ENOSPC
+            room = f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to another folder"
+            raise ClipError(path, "", room if full else f"not a readable archive ({e})") from None
 
     def _unpack(self, path):
         "The path of a tar; of a packed one, of a temporary file that goes when this object does."
@@ -621,6 +644,8 @@ class Files:
             if archive is None:
                 archive = zipfile.ZipFile(file) if isinstance(part, str) else open(file, "rb")
             self.opened[file] = archive
+            if len(self.opened) > 64:  # processes may have few files open
+                self.opened.pop(next(iter(self.opened))).close()
             if isinstance(part, str):
                 with archive.open(part) as member:
                     data = member.read(limit + 1)
@@ -663,7 +688,7 @@ class Clips:
         return len(self.names)
 
     def __getitem__(self, i: int) -> Clip:
-        i = range(len(self))[i]
+        i = range(len(self))[operator.index(i)]
         try:
             clip = self.read(i)
         except Exception as e:  # a ClipError or ValueError, or what zipfile says of damaged members
@@ -712,12 +737,17 @@ def start_worker(clips):
     Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def read_item(i, clips=None):
+def read_item(i, clips):
     "Clip i, or the ClipError that it raises."
     try:
-        return (_clips if clips is None else clips)[i]
+        return clips[i]
     except ClipError as e:
         return e
+
+
+def read_items(numbers):
+    "Some clips of a worker's, each as `read_item` gives it."
+    return [read_item(i, _clips) for i in numbers]
 
 # %% ../nbs/11_clips.ipynb #2a8535f9
 def read_label_list(source):
@@ -875,7 +905,7 @@ def open_clips(
     members = [i for i in members if not listed or listed.get(stem(files.names[i]), ()) is not None]
     expect(path, members, "the label list says that none of these files has a skeleton")
     names = [stem(files.names[i]) for i in members]
-    if kind == "plain" and len({*names}) < len(names):  # run/01.npz and walk/01.npz
+    if len({*names}) < len(names) and not _ntu_words(names[0])[0]:  # run/01.npz and walk/01.npz
         names = [os.path.splitext(files.names[i])[0] for i in members]
     told = skeleton or (layout and SKELETONS[layout])
     joints = [told.num_joints] if told else []

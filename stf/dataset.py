@@ -11,14 +11,17 @@ __all__ = ['NTU_TRAINING_SUBJECTS', 'PROTOCOLS', 'FORMAT', 'VERSION', 'REBUILD',
 import difflib
 import hashlib
 import json
+import operator
 import os
 import re
 import shutil
+from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from copy import copy
 from dataclasses import asdict
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from .clips import (Clip, ClipError, ntu_missing_skeletons, open_clips, parse_ntu_name, read_item,
-                       start_worker)
+                       read_items, start_worker)
 from .preparation import list_ranks, prepare
 from .skeleton import Skeleton
 
@@ -60,7 +63,7 @@ def name_tags(name: str) -> dict:
     try:
         return dict(parse_ntu_name(name))
     except ValueError:
-        found = re.search(r"a(\d{2})_s(\d{2})_e(\d{2})_v(\d{2})", str(name))
+        found = re.search(r"(?:^|/)a(\d{2})_s(\d{2})_e(\d{2})_v(\d{2})$", str(name))
         keys = ("action", "subject", "take", "view")
         return dict(zip(keys, map(int, found.groups()))) if found else {}
 
@@ -70,7 +73,8 @@ def protocol_side(tags: dict, protocol: str):
     protocol = protocol_name(protocol)
     if "setup" in tags:
         tag, is_tested = _TESTED.get(protocol, ("no tag", None))
-        return ("train", "test")[is_tested(tags[tag])] if tag in tags else None
+        number = str(tags.get(tag))
+        return ("train", "test")[is_tested(int(number))] if number.isdigit() else None
     view = tags.get("view", tags.get("camera") if "take" in tags else None)  # Northwestern-UCLA
     return ("train", "test")[view == 3] if protocol == "xview" and view else None
 
@@ -110,13 +114,15 @@ def make_batch(
 ) -> Batch:
     "Prepare some clips. ValueError for no clips, unlike ones, or options that don't fit them."
     clips, x = [clips] if isinstance(clips, Clip) else list(clips), []
-    for clip, number in zip(clips, range(len(clips)) if numbers is None else numbers):
+    numbers = range(len(clips)) if numbers is None else numbers
+    labels = [-1 if c.label is None else c.label for c in clips] if labels is None else labels
+    if not len(clips) == len(labels) == len(numbers) > 0:
+        raise ValueError("a batch needs clips, and a label and a number for each; got "
+                         f"{len(clips)} clips, {len(labels)} labels, {len(numbers)} numbers")
+    for clip, number in zip(clips, numbers):
         _check_alike(clips[0], clip)
         own = None if seed is None else (*np.atleast_1d(seed).tolist(), int(number))
         x.append(prepare(clip, seed=own, **options).x)
-    if not clips:
-        raise ValueError("no clips to make a batch of")
-    labels = [-1 if c.label is None else c.label for c in clips] if labels is None else labels
     x, y = torch.from_numpy(np.stack(x)), torch.as_tensor(np.asarray(labels, np.int64))
     return Batch(x.to(device, dtype), y.to(device))
 
@@ -176,7 +182,7 @@ def verify_store(folder) -> dict:
     return header
 
 # %% ../nbs/14_dataset.ipynb #1023f98a
-def _read_items(clips, workers=0):
+def _read(clips, workers=0):
     "Clips in order, with a ClipError in place of each that can't be read. StoreError."
     clips = [clips] if isinstance(clips, Clip) else clips
     if not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
@@ -185,8 +191,12 @@ def _read_items(clips, workers=0):
         yield from (read_item(i, clips) for i in range(len(clips)))
     else:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (clips,))
+        parts = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))
         try:
-            yield from pool.map(read_item, range(len(clips)), chunksize=32)
+            coming = deque(pool.submit(read_items, part) for part in islice(parts, 3 * workers))
+            while coming:  # no further ahead, so that memory stays bounded
+                yield from coming.popleft().result()
+                coming.extend(pool.submit(read_items, part) for part in islice(parts, 1))
         except BrokenProcessPool as e:
             raise StoreError("a worker process ended: a script needs `if __name__ == '__main__':` "
                              "before the build; else use fewer workers (less memory)") from e
@@ -194,16 +204,18 @@ def _read_items(clips, workers=0):
             pool.shutdown(cancel_futures=True)
 
 # %% ../nbs/14_dataset.ipynb #30b830a3
+_FILES = ("rows.npy", "clips.jsonl")
 _HEAD = 128  # bytes of an .npy header, which is written when the number of rows is known
 _NO_LABEL = "has no label: set Clip.label (to classify clips without labels, no store is needed)"
 
 
-def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
+def _write_store(items, folder, classes=None, skip=frozenset(), strict=False, words=()):
     "Write a store's files of Clips and ClipErrors into a folder. StoreError names what is unfit."
     given = classes is not None
+    classes = classes if isinstance(classes, (str, type(None))) else [*map(str, classes)]
     if given and (isinstance(classes, str) or not 0 < len(classes) == len({*classes})):
         raise StoreError("classes must be a list of different names, in the order of the labels")
-    words, names, first, row = dict(enumerate(map(str, classes or ()))), set(), None, 0
+    words, names, first, row = dict(enumerate(classes)) if given else dict(words), set(), None, 0
     left_out = {"refused": [], "skipped": []}
     with open(folder / "rows.npy", "wb") as rows, open(folder / "clips.jsonl", "wb") as lines:
         rows.seek(_HEAD)
@@ -228,18 +240,19 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
             label, word = item.label, item.class_name
             if given and label >= len(classes):
                 raise StoreError(f"clip {name!r} has label {label}, classes {len(classes)} names")
-            known = words.setdefault(label, word)
-            if word != known and (not given or word in classes):
+            known = words[label] = words.get(label) or word
+            if word not in (known, None) and (not given or word in classes):
                 raise StoreError(f"clip {name!r} calls label {label} {word!r}, but it is {known!r} "
                                  f"in {'classes' if given else 'clips before it'}")
             present, T = item.present, item.joints.shape[1]
             start = present.argmax(1)
             count = np.where(present.any(1), T - present[:, ::-1].argmax(1) - start, 0)
-            about = {k: getattr(item, k) for k in ("name", "label", "class_name", "tags", "split")}
-            about |= {"frames": T, "row": row, "tracks": np.stack([start, count], 1)}
+            about = {k: getattr(item, k) for k in ("name", "label", "tags", "split")}
+            about |= {"class_name": known, "frames": T, "row": row}
+            about["tracks"] = np.stack([start, count], 1)
             try:
                 lines.write(json_bytes(about))
-            except (TypeError, AttributeError) as e:
+            except (TypeError, AttributeError, ValueError) as e:
                 raise StoreError(f"clip {name!r}: tags and split hold more than numbers, texts and "
                                  f"lists: {item.tags}, {item.split}") from e
             list_ranks(item)
@@ -257,7 +270,7 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
     table = [{"label": i, "name": words[i] or f"class {i}"} for i in sorted(words)]
     if len({of["name"] for of in table}) < len(table):
         raise StoreError(f"two labels have one class name: {table}")
-    files = [folder / "rows.npy", folder / "clips.jsonl"]
+    files = [folder / name for name in _FILES]
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _file_hash(p)} for p in files}
     header = {"format": FORMAT, "version": VERSION, "clips": len(names), "classes": table,
               "coordinates": whole.shape[3] - 1, "preprocessed": first.tags.get("preprocessed"),
@@ -265,6 +278,21 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False):
     (folder / "header.json").write_bytes(json_bytes(header | {"checksum": checksum(header)}, 1))
 
 # %% ../nbs/14_dataset.ipynb #a26db2f3
+def _is_store(folder):
+    "Whether a folder holds a store, whole or not, and perhaps its picture, and nothing else."
+    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    return "header.json" in names and names <= {"header.json", *_FILES, "sheet.png"}
+
+
+def _remove_left_over(folder):
+    "Remove what killed builds have left of a store."
+    for left in folder.parent.iterdir():
+        number = re.fullmatch(re.escape(folder.name) + r"\.partial-(\d+)", left.name)
+        ended = number and (int(number[1]) == os.getpid() or not psutil.pid_exists(int(number[1])))
+        if ended and left.is_dir() and {p.name for p in left.iterdir()} <= {"header.json", *_FILES}:
+            shutil.rmtree(left)
+
+
 class ClipStore:
     """Clips in a folder: one copy in true length for all protocols and streams, memory-mapped.
 
@@ -295,10 +323,13 @@ class ClipStore:
         self._rows = np.asarray(np.load(self.folder / "rows.npy", mmap_mode="r"))
 
     def __getstate__(self):  # another process maps the file by itself
-        return {k: v for k, v in vars(self).items() if k != "_rows"}
+        state = {k: v for k, v in vars(self).items() if k != "_rows"}
+        return {**state, "folder": self.folder.absolute()}
 
     def __setstate__(self, state):
         vars(self).update(state)
+        if read_header(self.folder)["files"] != self.header["files"]:
+            raise StoreError(f"{self.folder}: built anew since this copy was made; open it again")
         self._open()
 
     def __len__(self):
@@ -341,7 +372,7 @@ class ClipStore:
                                present=whole.any((2, 3)))
 
     def __getitem__(self, i) -> Clip:
-        i = range(len(self))[i]
+        i = range(len(self))[operator.index(i)]
         clip, label = self._read(i), int(self.class_labels[self.labels[i]])
         about = dict(name=clip.name, label=label, skeleton=self.skeleton, **self.about(i))
         return Clip(clip.joints, clip.visible, **about)
@@ -364,22 +395,23 @@ class ClipStore:
         self,
         protocol,  # x-sub, x-view, x-set, a stored split; or a function of a clip's tags
     ):  # (train, test) int64 clip numbers
-        """Clip numbers of both sides: as the store says, else by the benchmark's rule.
+        """Clip numbers of both sides: as stored; if no clip has it stored, by the benchmark's rule.
 
         A function gets tags with name, label (as in `labels`) and class_name, and returns "train",
         "test" or None.
         StoreError for a protocol that doesn't apply.
         """
-        rule, stored, sides, what = protocol, set(), [], "the rule"
+        rule, sides, what = protocol, [], "the rule"
         if not callable(protocol):
             protocol = protocol_name(protocol)
             rule, what = partial(protocol_side, protocol=protocol), f"protocol {protocol!r}"
-        for i, name in enumerate(self.names):
-            about = self.about(i) | {"name": name, "label": int(self.labels[i])}
-            split = {protocol_name(k): v for k, v in about.pop("split").items()}
-            stored |= split.keys()
-            tags = name_tags(name) | about.pop("tags") | about
-            side = split.get(protocol) or rule(tags)
+        splits = [{protocol_name(k): v for k, v in c["split"].items()} for c in self.index]
+        stored = {key for split in splits for key in split}
+        for i, (name, split) in enumerate(zip(self.names, splits)):
+            about = self.about(i)
+            tags = name_tags(name) | about["tags"] | {"class_name": about["class_name"]}
+            tags |= {"name": name, "label": int(self.labels[i])}
+            side = split.get(protocol) if what != "the rule" and protocol in stored else rule(tags)
             sides.append("test" if side == "val" else side)
             if sides[-1] not in (None, "train", "test"):
                 raise StoreError(f"{self.folder}: {what} says {side!r} of clip {name!r}; it must "
@@ -399,11 +431,15 @@ class ClipStore:
         indices=None,  # clip numbers, or a mask (N,); None: all
         classes=None,  # names or numbers of classes, in their new order; None: all
     ):
-        "A view of some clips, or of the clips of some classes. StoreError if nothing is left."
+        """A view of some clips, or of the clips of some classes. StoreError if nothing is left.
+
+        A random variant depends on a clip's number in the view.
+        """
         view = self._view(_check_indices(indices, len(self)))
         if classes is None:
             return view
-        chosen = [self._class(c) for c in ([classes] if isinstance(classes, str) else classes)]
+        classes = [classes] if isinstance(classes, (str, int)) else classes
+        chosen = [self._class(c) for c in classes]
         if len({*chosen}) < len(chosen):
             raise StoreError(f"{self.folder}: a class is named twice: {list(classes)}")
         names = [name if name in chosen else None for name in self.classes]
@@ -421,7 +457,7 @@ class ClipStore:
         to = to if isinstance(to, dict) else dict(enumerate(to))
         to = {c: c for c in self.classes} | {self._class(k): name for k, name in to.items()}
         used = list(dict.fromkeys(name for name in to.values() if name is not None))
-        classes = used if classes is None else list(classes)
+        classes = used if classes is None else list(dict.fromkeys(classes))
         if missing := [name for name in used if name not in classes]:
             raise StoreError(f"{self.folder}: class {missing[0]!r} is not in the given list of "
                              "classes; name it there, or map it to None")
@@ -465,28 +501,34 @@ class ClipStore:
     ):
         """Build a store in bounded memory; nothing has the folder's name until all is done.
 
-        Files that can't be read are listed in `store.refused`. With workers, a script needs the
-        usual `if __name__ == "__main__":`. StoreError names clips that don't fit together.
+        Files that can't be read are listed in `store.refused`; a store's class names are kept. With
+        workers, a script needs the usual `if __name__ == "__main__":`. StoreError names clips that
+        don't fit together.
         """
         clips = open_input(clips) if isinstance(clips, (str, Path)) else clips
-        folder, skip = Path(folder), ntu_missing_skeletons() if skip is None else skip
-        folder = folder if folder.name not in ("", "..") else folder.resolve()
-        is_store = (folder / "header.json").exists()
-        if folder.exists() and not (overwrite and is_store):
+        skip = ntu_missing_skeletons() if skip is None else skip
+        if isinstance(skip, str):
+            raise StoreError(f"skip must be a list of names, not one text: {skip!r}")
+        place = Path(folder).resolve()  # where a link points
+        is_store = _is_store(place)
+        if place.exists() and not (overwrite and is_store):
             cure = "overwrite=True or --overwrite replaces it" if is_store else "it is no store"
             raise StoreError(f"{folder}: already exists; choose another name ({cure})")
-        aside, old = (Path(f"{folder}.partial-{what}{os.getpid()}") for what in ("", "old-"))
+        aside = place.with_name(f"{place.name}.partial-{os.getpid()}")
+        old = place.with_name(f"{place.name}.old-{os.getpid()}")
+        words = zip(clips.class_labels.tolist(), clips.classes) if isinstance(clips, cls) else ()
+        words = {label: word for label, word in words if word != f"class {label}"}
         try:
-            aside.mkdir(parents=True)
-            for left in folder.parent.glob(f"{folder.name}.partial-*"):  # by killed builds
-                if not psutil.pid_exists(int(left.name.rpartition("-")[2])):
-                    shutil.rmtree(left)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            _remove_left_over(place)
+            aside.mkdir()
             total = len(clips) if hasattr(clips, "__len__") else None
-            items = tqdm(_read_items(clips, workers), "clips", total, disable=not progress)
-            _write_store(items, aside, classes, frozenset(skip), strict)
+            items = tqdm(_read(clips, workers), "clips", total, disable=not progress)
+            _write_store(items, aside, classes, frozenset(skip), strict, words)
             if is_store:
-                os.rename(folder, old)
-            os.rename(aside, folder)
+                os.rename(place, old)
+            os.rename(aside, place)
+            shutil.rmtree(old, ignore_errors=True)
         except OSError as e:
             there = next(p for p in (aside, *aside.parents) if p.exists())
             raise StoreError(
@@ -494,8 +536,7 @@ class ClipStore:
                 f"({shutil.disk_usage(there).free / 1e6:,.0f} MB are free there); make room or "
                 "choose another place, then build again") from e  # fmt: skip
         finally:
-            for left in (aside, old):
-                shutil.rmtree(left, ignore_errors=True)
+            shutil.rmtree(aside, ignore_errors=True)
         return cls(folder)
 
 
@@ -538,7 +579,7 @@ def validation_split(
     "Hold out whole groups of training clips. StoreError for a missing tag, or one group only."
     if not 0 < part < 1:
         raise ValueError(f"part must lie between 0 and 1, got {part!r}")
-    groups, held, train = {}, [], np.asarray(train, dtype=np.int64)
+    groups, held, train = {}, [], _check_indices(train, len(store.labels))
     for i in train.tolist():
         tags = {"clip": i, **name_tags(store.names[i]), **store.about(i)["tags"]}
         if by not in tags:
@@ -561,7 +602,7 @@ def fraction(
     "A random part of the training clips; with one seed, a smaller part lies within a larger one."
     if not 0 < p <= 1:
         raise ValueError(f"p is a part of the clips, 0 < p ≤ 1 (10 % is 0.1); got {p!r}")
-    order = np.array(_shuffled(np.asarray(train, dtype=np.int64), seed))
+    order = np.array(_shuffled(_check_indices(train, len(store.labels)), seed))
     of = store.labels[order] if stratified else np.zeros(len(order))
     groups = [order[of == k] for k in np.unique(of)]
     return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))
@@ -576,6 +617,9 @@ def splits(
     seed: int = 0,
 ) -> tuple:  # (train, validation, test) int64 clip numbers
     "Training, validation and test clips of a protocol. StoreError if a side is empty."
+    if not (0 < share <= 1 and 0 <= validation < 1):
+        raise ValueError("share and validation are parts of the clips (10 % is 0.1); got "
+                         f"{share!r} and {validation!r}")
     train, test = (np.asarray(part, dtype=np.int64) for part in store.split(protocol))
     if not len(train) or not len(test):
         raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test "
@@ -608,7 +652,10 @@ class Batches(Dataset):
     """
 
     def __init__(self, store, clips, batch_size, parts=1, seed=0, augment=None, **options):
-        self.store, self.clips, self.batch_size, self.parts = store, clips, batch_size, parts
+        if type(batch_size) is not int or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
+        self.store, self.clips = store, _check_indices(clips, len(store))
+        self.batch_size, self.parts = batch_size, parts
         self.seed, self.augment, self.options = seed, augment, options  # of store.batch
         self.set_epoch(0)
         if (fewest := min(map(len, self.steps))) < parts:

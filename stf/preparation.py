@@ -22,9 +22,9 @@ def body_centre(x, visible, centre):
     if not len(seen):  # never: the mean of all that is seen
         w = (visible > 0).astype(x.dtype)
         return np.repeat(np.einsum("tvc,tv->c", x, w)[None] / max(1, w.sum()), len(x), 0)
-    if len(seen) < len(x):
-        seen = seen[np.abs(np.arange(len(x))[:, None] - seen).argmin(1)]  # the earlier of two
-    return x[seen, centre]
+    t, later = np.arange(len(x)), np.searchsorted(seen, np.arange(len(x)))
+    before, after = seen[np.maximum(later - 1, 0)], seen[np.minimum(later, len(seen) - 1)]
+    return x[np.where(np.abs(t - before) <= np.abs(after - t), before, after), centre]
 
 
 def body_height(x, visible, chain):
@@ -55,7 +55,7 @@ def linked_bodies(present):
 def list_ranks(clip):
     "(M,) rank of each body in a frame's list: tags['listed'], else its number; ValueError if none."
     ranks, M = np.asarray(clip.tags.get("listed", range(len(clip.joints)))), len(clip.joints)
-    if sorted(ranks.tolist()) != list(range(M)):
+    if sorted(ranks.ravel().tolist()) != list(range(M)) or ranks.ndim != 1:
         raise ValueError(f"clip {clip.name!r}: tags['listed'] must be a permutation of {M} bodies, "
                          f"got {ranks.tolist()}")
     return ranks
@@ -227,6 +227,7 @@ def blend(shown, share):
     pairs = [np.split(a, 2, 1) for a in (*shown, has)]
     (x0, x1), (w0, w1), body, frame, (has0, has1) = pairs
     share, near, both = share[:, None], share[:, None] <= 0.5, has0 & has1
+    both &= (body[0] == body[1])[..., None]
     w = np.where(both, w0 + share * (w1 - w0), np.where(near, w0, w1))
     share, first = share[..., None], near[..., None]
     x = np.where(both[..., None], x0 + share * (x1 - x0), np.where(first, x0, x1))
@@ -251,9 +252,12 @@ class Augment:
                   "drop_joints": (0, 0.9), "drop_bodies": (0, 1)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
-            if type(value) not in (int, float) or not low <= value <= high:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
         _check_number("crop_least", self.crop_least)
+        if not isinstance(self.uniform, bool):
+            raise ValueError(f"uniform must be True or False, got {self.uniform!r}")
 
     def __bool__(self):
         return replace(self, crop_least=1) != Augment()
@@ -373,13 +377,17 @@ def in_channels(coordinates, preprocess="paper"):
 
 def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed):
     "ValueError for options of `prepare` that are unknown, or that can't be had of this clip."
+    rules = [*BODY_RULES]
     for what, value, known in (("stream", stream, STREAMS), ("preprocess", preprocess, PRESETS),
-                               ("bodies", bodies, BODY_RULES), ("time", time, TIMES)):  # fmt: skip
+                               ("bodies", bodies, rules), ("time", time, TIMES)):  # fmt: skip
         if value not in known:
             raise ValueError(f"{what} {value!r} is not known; choose one of {', '.join(known)}")
     _check_number("length", length)
     _check_number("num_bodies", num_bodies)
     skeleton, C, done = clip.skeleton, clip.joints.shape[3], clip.tags.get("preprocessed")
+    if skeleton is None or C not in (2, 3) or not isinstance(augment, (Augment, type(None))):
+        raise ValueError(f"clip {clip.name!r} needs a skeleton and 2 or 3 coordinates, and augment "
+                         "must be an Augment or None")
     public, axes = preprocess == "msg3d" and not done, (skeleton.spine, skeleton.shoulders)
     for wrong, why in (
         (bodies != "spread" and (preprocess != "paper" or C == 2),

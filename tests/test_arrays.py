@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+import time
 import zipfile
 from fractions import Fraction
 
@@ -192,6 +193,67 @@ def test_parts_of_a_set_in_two_pickles(tmp_path):
     (tmp_path / "other.pkl").write_bytes(b"")
     with pytest.raises(ClipError, match="several data sets; name one of them: ntu60_xsub_train.pkl, ntu60_xsub_val.pkl, other.pkl"):
         open_clips(tmp_path)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_arrays_in_any_memory_layout(tmp_path, protocol):
+    """Trackers give (T,M,V,C), and np.transpose only relabels the axes; pickle 5 writes such an array as it lies in memory."""
+    kept = RNG.normal(size=(11, 2, 25, 3)).astype(np.float32)
+    row = {"frame_dir": "v", "label": 0, "keypoint": kept.transpose(1, 0, 2, 3), "total_frames": 11}
+    for keypoint in (row["keypoint"], np.asfortranarray(row["keypoint"])):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps([{**row, "keypoint": keypoint}], protocol))
+        clips = open_clips(tmp_path / "a.pkl")
+        np.testing.assert_array_equal(clips[0].joints, kept.transpose(1, 0, 2, 3))
+        assert "25 joints" in clips.summary and "2 bodies" in clips.summary
+
+
+def test_several_sets_in_one_place_are_told_not_merged(tmp_path):
+    row = {"frame_dir": NAMES[0], "label": 0, "keypoint": RAW[0], "total_frames": 8}
+    for k, names in enumerate((["ntu60_xsub_train", "ntu60_xsub_val", "ntu60_xview_train"], ["ntu60_xsub_train", "ntu120_xsub_val"])):
+        (tmp_path / str(k)).mkdir()
+        for name in names:
+            (tmp_path / str(k) / f"{name}.pkl").write_bytes(pickle.dumps([row]))
+        with pytest.raises(ClipError, match="several data sets"):
+            open_clips(tmp_path / str(k))
+    with zipfile.ZipFile(tmp_path / "both.zip", "w") as z:
+        for part in ("xsub", "xview"):
+            path = write_npy(tmp_path / part, npy_array())
+            for file in path.parent.iterdir():
+                z.write(file, f"{part}/{file.name}")
+    with pytest.raises(ClipError, match="several data sets; name one of them: xsub, xview"):
+        open_clips(tmp_path / "both.zip")
+    write_npy(tmp_path / "mixed", npy_array(), "val_data")
+    write_npy(tmp_path / "mixed", npy_array(), "train_data_joint", [n.replace("R001", "R002") for n in NAMES])
+    assert len(open_clips(tmp_path / "mixed")) == 6  # both parts, whichever way they are called
+
+
+def test_recordings_beside_arrays_are_not_left_out(tmp_path):
+    """A folder of raw files into which something else has got: an error that names both, and kind= settles it."""
+    from test_clips import TWO
+
+    (tmp_path / f"{NAMES[0]}.skeleton").write_text(TWO)
+    for beside in ("NTU60_CS.npz", "cache.pkl"):
+        write_ctrgcn(tmp_path / beside) if beside.endswith("npz") else (tmp_path / beside).write_bytes(pickle.dumps({"a": 1}))
+        with pytest.raises(ClipError, match=f"several kinds .{beside} and {NAMES[0]}.skeleton.*kind="):
+            open_clips(tmp_path)
+        assert open_clips(tmp_path, kind="ntu").names == NAMES[:1]
+        (tmp_path / beside).unlink()
+
+
+def test_hidden_files_and_pipes_by_name(tmp_path):
+    write_pyskl(tmp_path / ".hidden.pkl")
+    assert len(open_clips(tmp_path / ".hidden.pkl")) == 3
+    os.mkfifo(tmp_path / "pipe.pkl")
+    with pytest.raises(ClipError, match="neither a file nor a folder"):
+        open_clips(tmp_path / "pipe.pkl")
+
+
+def test_an_array_of_millions_of_empty_rows_is_refused_at_once(tmp_path):
+    np.savez(tmp_path / "a.npz", x_train=np.ones((1, 5, 150)), y_train=np.zeros((3_000_000, 0)))
+    begin = time.perf_counter()
+    with pytest.raises(ClipError, match="no plain array"):
+        open_clips(tmp_path / "a.npz")
+    assert time.perf_counter() - begin < 1
 
 
 def test_names_that_differ_in_their_folder_only(tmp_path):

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tarfile
@@ -334,11 +335,12 @@ def test_clip_refuses(joints, reason):
 
 @pytest.mark.parametrize("kw, reason", [
     (dict(visible=np.full((1, 2, 25), np.nan)), "0..1"), (dict(visible=np.full((1, 2, 25), 1.5)), "0..1"), (dict(label=-1), "label"),
+    (dict(name=None), "name"), (dict(tags=None), "tags"), (dict(split=["a"]), "split"), (dict(label=2**31), "label"),
     (dict(label=True), "label"), (dict(label=1.0), "label"), (dict(skeleton=SKELETONS["coco17"]), "17"),
 ])  # fmt: skip
 def test_clip_refuses_the_rest(kw, reason):
     with pytest.raises(ClipError, match=reason):
-        Clip(np.ones((1, 2, 25, 3)), name="x", **kw)
+        Clip(np.ones((1, 2, 25, 3)), **{"name": "x", **kw})
 
 
 def test_plain_round_trip(tmp_path):
@@ -365,6 +367,15 @@ def test_a_plain_file_carries_all_that_a_clip_knows(tmp_path):
     assert "taken as" not in open_clips(tmp_path / "in", skeleton=dog).summary
 
 
+def test_saved_tags_of_numpy_and_nan(tmp_path):
+    clip = Clip(np.ones((1, 2, 25, 3)), tags={"subject": np.int64(3), "size": np.ones(2)})
+    save_clip(clip, tmp_path / "a.npz")
+    assert read_plain(tmp_path / "a.npz").tags == {"subject": 3, "size": [1, 1]}
+    clip.tags["x"] = float("nan")
+    with pytest.raises(ValueError, match="JSON"):
+        save_clip(clip, tmp_path / "a.npz")
+
+
 def test_own_skeleton():
     """Joints without a known layout are read, and a given skeleton must fit."""
     dog = Skeleton("dog", [f"j{i}" for i in range(12)], [(i, i - 1) for i in range(1, 12)], centre=0, height=(0, 1))
@@ -380,6 +391,8 @@ def test_own_skeleton():
     (dict(joints=np.ones((2, 3, 2)), label=1.5), "whole number"), (dict(joints=np.ones((2, 3, 2)), label=[1, 2]), "whole number"),
     (dict(joints=np.ones((2, 3, 2)), label=-1), "label"), (dict(joints=np.ones((2, 3, 2)), class_name=3), "text"),
     (dict(joints=np.ones((2, 3, 2)), skeleton="cat"), "not known"), (dict(joints=np.array([None])), "pickle"),
+    (dict(joints=np.ones((2, 3, 2)), tags="[]"), "tags: must be a dict"), (dict(joints=np.ones((2, 3, 2)), split='["train"]'), "split: must be a dict"),
+    (dict(joints=np.ones((2, 3, 2)), tags="null", subject=3), "tags: must be a dict"), (dict(joints=np.ones((2, 3, 2)), label=2**63 - 1), "label"),
     (dict(joints=np.ones((2, 3, 2)), visible=np.ones((3, 2))), "like the joints"), (dict(joints=np.full((2, 3, 2), np.nan)), "finite"),
 ])  # fmt: skip
 def test_bad_plain(arrays, reason):
@@ -458,6 +471,16 @@ def test_the_split_is_told_by_the_folder_itself(tmp_path):
 def test_plain_files_of_one_name_in_two_folders(tmp_path):
     data = plain_bytes(joints=np.ones((4, 5, 3), np.float32), label=3)
     assert open_clips(folder_of(tmp_path, **{"run/01.npz": data, "walk/01.npz": data})).names == ["run/01", "walk/01"]
+    own = {"x/01.skeleton": TWO, "y/01.skeleton": TWO}
+    assert open_clips(folder_of(tmp_path / "ntu", **own)).names == ["x/01", "y/01"]
+
+
+def test_archives_beside_loose_files_are_named(tmp_path):
+    folder = folder_of(tmp_path, **{"S001C001P001R001A001.skeleton": TWO, "more.zip": b"PK", "._more.zip": b""})
+    assert open_clips(folder).summary.endswith("1 class, not read: more.zip")
+    (folder / "x_label.json.gz").write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(ClipError, match="a label list, and the recordings that it lists are missing"):
+        open_clips(folder / "x_label.json.gz")
 
 
 @pytest.mark.parametrize("name, data, advice", [
@@ -613,6 +636,75 @@ def test_huge_members_are_refused(tmp_path):
                 f.write(bytes(1 << 20))
     with pytest.raises(ClipError, match="no recording of this kind"):
         open_clips(path)[0]
+
+
+def test_a_tar_that_ends_early_is_no_tar(tmp_path):
+    """tarfile itself takes a damaged header, or a file cut off between two members, for the end."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as t:
+        for i in range(1, 4):
+            info = tarfile.TarInfo(f"S001C001P001R001A00{i}.skeleton")
+            info.size = len(TWO)
+            t.addfile(info, io.BytesIO(TWO.encode()))
+        link = tarfile.TarInfo("S001C001P001R001A004.skeleton")
+        link.type, link.linkname = tarfile.LNKTYPE, "S001C001P001R001A001.skeleton"
+        t.addfile(link)
+    assert [c.label for c in open_clips(path)] == [0, 1, 2, 3]  # a hard link is its file
+    with tarfile.open(path) as t:
+        at = t.getmembers()[1].offset
+    whole = path.read_bytes()
+    for damaged in (whole[: at + 150] + bytes([whole[at + 150] ^ 1]) + whole[at + 151 :], whole[: at + 100], whole[:at]):
+        path.write_bytes(damaged)
+        with pytest.raises(ClipError, match="cut off or damaged"):
+            open_clips(path)
+
+
+def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        name = "full"
+
+        def write(self, data):
+            raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.tar.xz").write_bytes(packed("xz"))
+    monkeypatch.setattr("stf.clips.tempfile.NamedTemporaryFile", lambda **k: Full())
+    monkeypatch.setattr("stf.clips.weakref.finalize", lambda *a: None)
+    with pytest.raises(ClipError, match="no room to unpack it in .*TMPDIR"):
+        open_clips(tmp_path / "a.tar.xz")
+
+
+def test_more_archives_than_open_files(tmp_path):
+    import resource
+
+    for i in range(120):
+        with zipfile.ZipFile(tmp_path / f"{i:03d}.zip", "w") as z:
+            z.writestr(f"S001C001P{i + 1:03d}R001A001.skeleton", ntu_text([["1"]]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 80, hard))
+    try:
+        clips = open_clips(tmp_path)
+        assert len(list(clips)) == 120 and clips[0].tags["subject"] == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("frames, listed", [
+    ([["1"], ["2", "3", "1"]], [2, 0, 1]), ([["2", "3"], ["2", "3"], ["1", "2"]], [1, 2, 0]), ([["1", "2", "3"]] * 2, None),
+    ([["1", "2"], ["2", "3"], ["3", "1"]], None),  # no order at all: as they came
+])
+def test_ranks_of_three_bodies(frames, listed):
+    """All bodies of a frame are compared, and orders that hang together by another frame are followed."""
+    assert ntu(ntu_text(frames)).tags.get("listed") == listed
+
+
+def test_errors_of_a_single_file_name_it(tmp_path):
+    rows = re.sub(r"(?m)^\S+ \S+ \S+( \S+){8} \d$", "0 0 0 0 0 0 0 0 0 0 0 0", ntu_text([["1"]]))
+    for name, data, read in (("a.skeleton", rows, read_ntu), ("a.json", json.dumps({**UCLA, "skeletons": [[[0, 0, 0]] * 20]}), read_ucla)):
+        (tmp_path / name).write_text(data)
+        with pytest.raises(ClipError, match="no body") as e:
+            read(tmp_path / name)
+        assert e.value.path == str(tmp_path / name)
 
 
 def test_tar_bomb_is_refused(tmp_path, monkeypatch):

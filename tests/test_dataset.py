@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from stf import dataset
 from stf.clips import Clip, ClipError, open_clips
-from stf.dataset import (Batches, ClipStore, StoreError, fraction, load_batches, make_batch, open_input, protocol_side,
-                         validation_split, verify_store)
+from stf.dataset import (Batches, ClipStore, StoreError, fraction, load_batches, make_batch, name_tags, open_input, protocol_side,
+                         splits, validation_split, verify_store)
 from stf.preparation import STREAMS, Augment
 from stf.skeleton import SKELETONS, Skeleton
 
@@ -315,6 +316,97 @@ def test_existing_things_are_never_touched(tmp_path, monkeypatch):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "s"]
 
 
+def test_only_stores_are_replaced(tmp_path, monkeypatch):
+    """A header.json alone is no store; what others have called like our drafts stays; a link to a store stays a link."""
+    (tmp_path / "mine").mkdir()
+    for name in ("header.json", "thesis.txt"):
+        (tmp_path / "mine" / name).write_text("{}")
+    with pytest.raises(StoreError, match="it is no store"):
+        build(some(3), tmp_path / "mine", overwrite=True)
+    (tmp_path / "s.partial-999999").mkdir()
+    (tmp_path / "s.partial-999999/thesis.txt").write_text("years")
+    (tmp_path / "s.partial-notes").mkdir()
+    (tmp_path / "s.partial-888888").write_text("a file")
+    left = tmp_path / f"s[1].partial-{os.getpid()}"
+    left.mkdir()
+    (left / "rows.npy").write_text("of an interrupted build in this very process")
+    assert len(build(some(3), tmp_path / "s")) == len(build(some(3), tmp_path / "s[1]")) == 3
+    assert (tmp_path / "s.partial-999999/thesis.txt").exists() and (tmp_path / "s.partial-888888").exists() and not left.exists()
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    assert len(build(some(5), tmp_path / "link", overwrite=True)) == 5
+    assert (tmp_path / "link").is_symlink() and len(ClipStore(tmp_path / "s")) == 5
+    renamed, rename = [], os.rename
+
+    def stop(a, b):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(b)
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(some(2), tmp_path / "s", overwrite=True)
+    assert len(ClipStore(renamed[0])) == 5  # interrupted between the two: the old store is still there
+
+
+def test_a_copy_of_a_store_never_reads_another_ones_rows(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    store = build(some(3), "s")
+    copied = pickle.dumps(store)
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    assert np.array_equal(pickle.loads(copied)[1].joints, store[1].joints)
+    build(some(4), tmp_path / "s", overwrite=True)
+    with pytest.raises(StoreError, match="built anew"):
+        pickle.loads(copied)
+
+
+def test_a_store_of_a_store_keeps_its_class_names(tmp_path):
+    first = build([clip("a", 0), clip("b", 1)], tmp_path / "s", classes=["p", "q", "r"])
+    again = build(tmp_path / "s", tmp_path / "t")
+    assert first.classes == again.classes == ["p", "q", "r"] and again[1].class_name == "q"
+    assert build(first.subset([1], classes=["r", "q"]), tmp_path / "u").classes == ["r", "q"]
+    mixed = [clip("a", 0), clip("b", 0, class_name="wave"), clip("c", 0)]  # no word is no contradiction
+    assert build(mixed, tmp_path / "v").classes == ["wave"]
+    with pytest.raises(StoreError, match="not one text"):
+        build(mixed, tmp_path / "w", skip="abc")
+
+
+def test_masks_and_bad_numbers(tmp_path):
+    """A mask means the same everywhere; parts are parts; nothing is taken silently."""
+    store = build([clip(f"c{i}", i % 3, tags={"subject": i % 4}) for i in range(12)], tmp_path / "s")
+    mask = np.arange(12) >= 8
+    assert sorted(np.concatenate(Batches(store, mask, 3).micro)) == [8, 9, 10, 11]
+    assert set(fraction(store, mask, 0.5)) < {8, 9, 10, 11} and len(fraction(store, mask, 0.5)) == 2
+    assert sorted(np.concatenate(validation_split(store, mask))) == [8, 9, 10, 11]
+    for bad in (lambda: Batches(store, [0.9, 5.7], 4), lambda: fraction(store, [50, 51], 0.5), lambda: fraction(store, [-1], 1),
+                lambda: fraction(store, [], 0.5), lambda: Batches(store, range(12), 0), lambda: Batches(store, range(12), 2.5),
+                lambda: make_batch(some(3), numbers=[0]), lambda: make_batch(some(3), labels=[0]),
+                *(lambda kw=kw: splits(store, "mine", **kw) for kw in (dict(share=10), dict(share=float("nan")), dict(validation=-0.5)))):
+        with pytest.raises((ValueError, IndexError)):
+            bad()
+    with pytest.raises(TypeError, match="slice"):
+        store[0:2]
+    assert len(store.subset(classes=0)) == 4
+
+
+def test_what_a_rule_and_a_stored_split_may_say(tmp_path):
+    """Anything but train, test and None is told: True, 'Train' and 'training' would all have become the test side."""
+    store = build([clip(f"c{i}", tags={"subject": i}, split={"mine": ("train", "val", "test")[i]} if i < 3 else {}) for i in range(4)], tmp_path / "s")
+    for said in (True, "Train", "training", 1):
+        with pytest.raises(StoreError, match=f"the rule says {said!r} of clip 'c0'"):
+            store.split(lambda tags: said)
+    assert [s.tolist() for s in store.split("mine")] == [[0], [1, 2]]  # c3 is on neither side
+    with pytest.raises(StoreError, match="protocol 'mine' says 'Train' of clip 'a'"):
+        build([clip("a", split={"mine": "Train"})], tmp_path / "t").split("mine")
+    names = [f"S001C001P00{i}R001A001" for i in (1, 2, 3)]  # two listed, one left out on purpose
+    listed = build([clip(n, split={"xsub": "train"} if i < 2 else {}) for i, n in enumerate(names)], tmp_path / "u")
+    assert [s.tolist() for s in listed.split("xsub")] == [[0, 1], []]
+    text = build([clip("a", tags={"setup": "1", "camera": "1", "subject": "1"})], tmp_path / "v")
+    assert [s.tolist() for s in text.split("xview")] == [[], [0]] and [s.tolist() for s in text.split("xset")] == [[], [0]]
+    assert protocol_side(name_tags("data01_s01_e01_v03_x"), "xview") is None
+
+
 def slow_clips(n=600):
     for i in range(n):
         time.sleep(0.0005)
@@ -343,7 +435,6 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_is_whole(tmp_path):
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here to act as a full disk")
 @pytest.mark.parametrize("full_at", ["rows.npy", "clips.jsonl"])
 def test_a_full_disk_is_said_and_nothing_stays(tmp_path, monkeypatch, full_at):
-    import stf.dataset as dataset
 
     real = open
     full = lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode and full_at in str(path) else real(path, mode, *a)
@@ -405,6 +496,31 @@ def test_files_are_built_the_same_in_any_number_of_processes(tmp_path):
     with pytest.raises(ClipError, match="line 9"):
         build(open_clips(source), tmp_path / "three", strict=True)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "raw", "two"]
+
+
+class Lazy:
+    "Counts in a file how many clips have been read, by whichever process."
+
+    def __init__(self, path):
+        self.path = path
+
+    def __len__(self):
+        return 2000
+
+    def __getitem__(self, i):
+        with open(self.path, "a") as f:
+            f.write("x")
+        return clip(f"c{i}")
+
+
+def test_workers_do_not_run_ahead_without_bound(tmp_path):
+    """A slow disk must not fill the memory with clips that wait to be written."""
+    items = dataset._read(Lazy(tmp_path / "count"), 1)
+    for _ in range(20):
+        next(items)
+    time.sleep(1)
+    assert os.path.getsize(tmp_path / "count") < 150
+    items.close()
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from stf.clips import Clip, open_clips
 from stf.dataset import ClipStore, StoreError, make_batch
-from stf.preparation import (STREAMS, Augment, Shown, blend, in_channels, linked_bodies,
+from stf.preparation import (STREAMS, Augment, Shown, blend, body_centre, in_channels, linked_bodies,
                              mirror_joints, prepare, resized_frames, scale)
 from stf.skeleton import SKELETONS, Skeleton
 
@@ -517,6 +517,52 @@ def test_interpolation_never_mixes_in_a_missing_joint():
         assert y[0, 0, 0].tolist() == ([5.0] * 3 if share <= 0.5 else [0.0] * 3)
         assert y[0, 1, 0].tolist() == ([0.0] * 3 if share <= 0.5 else [7.0] * 3)
         assert np.array_equal(v > 0, y.any(3))
+
+
+@pytest.mark.parametrize("C", [2, 3])
+def test_resizing_never_mixes_two_people(C):
+    """Two who stand still and change slots from frame to frame (2D: by their scores; 3D: one leaves, another comes): no joint is between them."""
+    name = "openpose18" if C == 2 else "ntu25"
+    V = SKELETONS[name].num_joints
+    pose = np.random.default_rng(0).random((V, C))
+    joints, visible = np.zeros((2, 4, V, C)), np.ones((2, 4, V))
+    joints[0], joints[1] = pose, pose + 3
+    if C == 2:
+        visible[0, 1::2], visible[1, ::2] = 0.9, 0.9
+    else:
+        joints[0, 2:], visible[0, 2:], joints[1, :2], visible[1, :2] = 0, 0, 0, 0
+    clip = Clip(joints, visible, skeleton=SKELETONS[name])
+    x = prepare(clip, length=8, time="resize").x
+    still = prepare(clip, length=4).x
+    for m in range(2):
+        for t in range(8):
+            assert np.isclose(x[:C, t, :, m], still[:C, :, :, m].transpose(1, 0, 2), atol=1e-5).all((1, 2)).any()
+
+
+def test_a_missing_centre_needs_no_memory():
+    """Frames × frames numbers would take 74 GB for the longest clip that the readers allow."""
+    T = 60_000
+    visible = np.ones((1, T, 17))
+    visible[0, 7, 0] = visible[0, 20:23, 0] = 0
+    joints = np.random.default_rng(0).random((1, T, 17, 2)).astype(np.float32)
+    x = prepare(Clip(joints, visible), length=T, num_bodies=1).x
+    assert np.isfinite(x).all()
+    seen = np.flatnonzero(visible[0, :40, 0])
+    nearest = seen[np.abs(np.arange(40)[:, None] - seen).argmin(1)]
+    centre = body_centre(joints[0, :40], visible[0, :40].astype(np.float32), 0)
+    np.testing.assert_array_equal(centre, joints[0, nearest, 0])
+
+
+@pytest.mark.parametrize("wrong", [dict(augment=True), dict(augment={"flip": 1}), dict(bodies=["spread"]), dict(length=0)])
+def test_options_of_the_wrong_type_are_named(wrong):
+    with pytest.raises(ValueError):
+        prepare(Clip(np.ones((1, 3, 25, 3))), **wrong)
+    for clip in (Clip(np.ones((1, 3, 7, 3))), Clip(np.ones((1, 3, 25, 4)))):
+        with pytest.raises(ValueError, match="needs a skeleton and 2 or 3 coordinates"):
+            prepare(clip)
+    assert Augment(rotate=np.float64(10)) == Augment(rotate=10)
+    with pytest.raises(ValueError, match="uniform must be"):
+        Augment(uniform="no")
 
 
 def test_msg3d_turns_alike_whatever_time_shows():
