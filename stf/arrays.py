@@ -247,7 +247,7 @@ def as_label(label):
 
 # %% ../nbs/10_arrays.ipynb #aa35fdbe
 def pyskl(path, files):
-    "pyskl's pickles, {name: place}, one after the other: the parts of one set."
+    "ArraySet of pyskl's pickles {name: (path, member, …)}, the parts of one set in their order."
     rows, splits, lost = [], {}, 0
     for name, place in files.items():
         table, split = load_pickle(*place), None
@@ -294,7 +294,8 @@ def pyskl(path, files):
     dicts = [row for row in rows if isinstance(row, dict)]
     shapes = [getattr(row.get("keypoint"), "shape", ()) for row in dicts]
     shapes = [s for s in shapes if [*map(type, s)] == [int] * 4]
-    labels = {row.get("label") for row in dicts if type(row.get("label")) is int}
+    labels = [row.get("label") for row in dicts]
+    labels = {int(label) for label in labels if isinstance(label, (int, np.integer))}
     about = dict(joints=sorted({s[2] for s in shapes}), classes=len(labels), lost=lost)
     about["bodies"] = max((s[0] for s in shapes), default=0)
     return ArraySet(path, "pyskl annotations", names, record, **about)
@@ -304,7 +305,7 @@ _CTRGCN_PROTOCOLS = {"cs": "xsub", "csub": "xsub", "cv": "xview", "cset": "xset"
 
 
 def ctrgcn(path, name, place, num_joints):
-    "CTR-GCN's x_train, y_train, …: frames × (bodies × joints × 3), labels or one-hot rows."
+    "ArraySet of CTR-GCN's x_train, y_train, … in the .npz at a place (path, member, …)."
     words = re.split(r"[_.-]", name.lower())
     protocol = next((p for word, p in _CTRGCN_PROTOCOLS.items() if word in words), "official")
     index, names, labels = [], [], []
@@ -369,7 +370,7 @@ def _read_names_and_labels(place):
 
 
 def msg3d(path, files, arrays, labels=None):
-    "MS-G3D's, 2s-AGCN's and ST-GCN's arrays, names of `files` {name: place}, with their labels."
+    "ArraySet of MS-G3D's, 2s-AGCN's or ST-GCN's arrays, names in `files` {name: (path, member, …)}."
     path = Path(path)
     folder = path.parent.name if path.suffix == ".npy" else path.stem
     folders = [re.sub(r"[_-]", "", n.lower()) for n in (Path(arrays[0]).parent.name, folder) if n]

@@ -116,8 +116,9 @@ class Clip:
         check(whole, f"must be an integer from 0 or None, got {label!r:.40}", "label")
         self.label = None if label is None else int(label)
         self.skeleton = self.skeleton or _known_layout(shape[2])
-        V = self.skeleton.num_joints if self.skeleton else shape[2]
-        check(V == shape[2], f"has {V} joints, the clip {shape[2]}", "skeleton")
+        s, V = self.skeleton, shape[2]
+        fits = s is None or s.num_joints == V
+        check(fits, fits or f"the clip has {V} joints, {s.name!r} has {s.num_joints}", "skeleton")
 
     @property
     def present(self) -> np.ndarray:

@@ -654,7 +654,7 @@ class Batches(Dataset):
     def __init__(self, store, clips, batch_size, parts=1, seed=0, augment=None, **options):
         if type(batch_size) is not int or batch_size < 1:
             raise ValueError(f"batch_size must be a whole number, at least 1, got {batch_size!r}")
-        self.store, self.clips = store, _check_indices(clips, len(store))
+        self.store, self.clips = store, _check_indices(clips, len(store.labels))
         self.batch_size, self.parts = batch_size, parts
         self.seed, self.augment, self.options = seed, augment, options  # of store.batch
         self.set_epoch(0)
