@@ -470,6 +470,8 @@ def call(
 # %% ../nbs/60_command_line.ipynb #c809c02d
 def main():
     "Entry point of the `stf` command. Exit codes: 0 done, 1 failed, 2 wrong input, 130 Ctrl-C."
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a class name that the terminal can't show
     try:
         call(sys.argv[1:])
     except (ConfigError, ClipError, StoreError, FileNotFoundError) as e:

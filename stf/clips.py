@@ -33,7 +33,7 @@ from threading import Thread
 
 import numpy as np
 
-from .arrays import ARRAY_FORMS, open_arrays
+from .arrays import ARRAY_FORMS, HIDDEN, Handles, json_kind, open_arrays
 from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/11_clips.ipynb #a9184653
@@ -96,9 +96,11 @@ class Clip:
 
     def __post_init__(self):
         check, label = partial(expect, self.name), self.label
-        for key, kind in (("name", str), ("tags", dict), ("split", dict)):
+        kinds = {"name": str, "tags": dict, "split": dict, "skeleton": Skeleton, "class_name": str}
+        for key, kind in kinds.items():
             value = getattr(self, key)
-            check(isinstance(value, kind), f"must be a {kind.__name__}, not {value!r:.40}", key)
+            good = isinstance(value, kind) or (value is None and key in ("skeleton", "class_name"))
+            check(good, f"must be a {kind.__name__}, not {value!r:.40}", key)
         self.joints = _as_float32(self.joints, self.name, "joints")
         shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
         check(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
@@ -119,6 +121,9 @@ class Clip:
         s, V = self.skeleton, shape[2]
         fits = s is None or s.num_joints == V
         check(fits, fits or f"the clip has {V} joints, {s.name!r} has {s.num_joints}", "skeleton")
+        ranks, M = np.asarray(self.tags.get("listed", range(shape[0]))), shape[0]
+        fits = ranks.ndim == 1 and sorted(ranks.tolist()) == [*range(M)]
+        check(fits, f"must be the ranks of {M} bodies, got {ranks.tolist()}", "tags: listed")
 
     @property
     def present(self) -> np.ndarray:
@@ -248,9 +253,14 @@ def _ntu_rows(data, path):
     yield frames, None, None
 
 # %% ../nbs/11_clips.ipynb #0cc69727
+def _as_text(path):
+    "A path that can be printed and stored; file names may be any bytes."
+    return str(path).encode("utf-8", "replace").decode()
+
+
 def stem(path):
     "The file's name without folders and its last ending."
-    return os.path.splitext(str(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
+    return os.path.splitext(_as_text(path).replace("\\", "/").rsplit("/", 1)[-1])[0] or "clip"
 
 
 def _read_source(source, name=None, limit=1 << 26):
@@ -274,7 +284,7 @@ def _read_source(source, name=None, limit=1 << 26):
             reason = "no such file" if missing else f"can't be read: {e.strerror or e}"
             raise ClipError(path, "", reason) from None
     expect(path, len(data) <= limit, f"more than {limit:,} bytes is no recording of this kind")
-    return data, str(path), stem(name or path)
+    return data, str(path), name or stem(path)
 
 # %% ../nbs/11_clips.ipynb #afe8ce87
 def _listed_ranks(place, frame, bodies) -> list:
@@ -382,7 +392,7 @@ def read_ucla(
         expect(path, whole, f"must be {V} joints of 3 numbers", f"frame {t}")
     flat = [x for frame in frames for joint in frame for x in joint]
     joints = numbers(flat, MAX_METRES, path, "skeletons").reshape(1, len(frames), V, 3)
-    label, found = content.get("label"), re.fullmatch(r"a(\d+)_s(\d+)_e(\d+)_v(\d+)", name)
+    label, found = content.get("label"), re.search(r"(?:^|/)a(\d+)_s(\d+)_e(\d+)_v(\d+)$", name)
     label = (_whole_number(label, path, "label", 1) or 0) - 1
     label, tags, words = None if label < 0 else label, {}, None
     if found:
@@ -542,27 +552,28 @@ def save_clip(
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
 MAX_RATIO, RATIO_FROM = 200, 1 << 28  # what unpacks to 200 times its size, and 256 MiB, is refused
 _PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
-_LOOSE = re.compile(r".*(?<!label)\.(skeleton|json|npz|npy|pkl|pickle)", re.IGNORECASE)
+_LOOSE = re.compile(r".*(\.(skeleton|np[yz])|(?<!label)\.(json|pkl|pickle))", re.IGNORECASE)
 _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
-_HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # and macOS clutter
 
 
 class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
-    `names`, sorted; `where` what messages call each; `unread` archives beside loose recordings;
-    open(i) gives a file's bytes. Nothing is ever written where an archive says. ClipError if a file
-    or folder can't be read.
+    `names`, sorted; `where` what messages call each; `unread` archives beside loose recordings, and
+    what can't be had; open(i) gives a file's bytes. Nothing is ever written where an archive says.
+    ClipError if a file or folder can't be read.
     """
 
     def __init__(self, path):
-        self.path, self.opened, self.unread = Path(path), {}, []
-        expect(path, self.path.exists(), "no such file or folder")
-        if self.path.is_dir():
-            found = self._walk()
+        self.path, self.handles, self.unread = Path(path), Handles(), []
+        self.name = _PACKED.sub("", os.path.basename(os.path.abspath(path)))
+        expect(path, os.path.exists(path), "no such file or folder")
+        shown = lambda entries: [e for e in entries if not re.search(HIDDEN, e[0])]
+        if os.path.isdir(path):
+            found = shown(self._walk())
             packed = [entry for entry in found if _PACKED.search(entry[0])]
-            if any(_LOOSE.fullmatch(name) for name, *_ in found):
-                self.unread = [name for name, *_ in packed if not _HIDDEN.search(name)]
+            if packed and any(map(self._is_recording, found)):
+                self.unread += [name for name, *_ in packed]
             else:
                 found = [entry for entry in found if entry not in packed]
                 for name, file, *_ in packed:
@@ -572,33 +583,53 @@ class Files:
             expect(path, self.path.is_file(), "neither a file nor a folder")
             found = self._list(self.path)
             found = [(self.path.name, self.path, self.path, None)] if found is None else found
-        found = sorted((e for e in found if not _HIDDEN.search(e[0])), key=lambda e: e[0])
-        self.names, self.where = [e[0] for e in found], [str(e[1]) for e in found]
+        found = sorted(shown(found), key=lambda e: e[0])
+        self.names, self.where = ([_as_text(e[k]) for e in found] for k in (0, 1))
         self.parts = [e[2:] for e in found]
 
     def _walk(self):
         def refuse(error):
             raise ClipError(error.filename or self.path, "", f"can't be listed: {error.strerror}")
 
-        found = [Path(folder) / file for folder, _, files in os.walk(self.path, onerror=refuse)
-                 for file in files]  # fmt: skip
-        return [(p.relative_to(self.path).as_posix(), p, p, None) for p in found if p.is_file()]
+        found, known = [], set()
+        for folder, below, files in os.walk(self.path, onerror=refuse, followlinks=True):
+            real, prepared = os.path.realpath(folder), {"header.json", "rows.npy"} <= {*files}
+            if prepared or real in known:  # a store within, or a link that leads here again
+                below.clear()
+                continue
+            known.add(real)
+            paths = [Path(folder) / file for file in files]
+            found += [(p.relative_to(self.path).as_posix(), p, p, None) for p in paths]
+        self.unread = [name for name, p, *_ in found if p.is_symlink() and not p.exists()]
+        return [entry for entry in found if entry[1].is_file()]
+
+    def _is_recording(self, entry):
+        "Whether a file in a folder is a recording, or many."
+        name, path, *_ = entry
+        if not name.lower().endswith(".json") or not _LOOSE.fullmatch(name):
+            return _LOOSE.fullmatch(name)
+        with open(path, "rb") as file:
+            return json_kind(file.read(1 << 16))
 
     def _list(self, path):
         "[(name, where, file, part)] of an archive's members; None of another file."
         if _LOOSE.fullmatch(path.name) or _LABEL_LIST.fullmatch(path.name):
             return None
         try:
-            if zipfile.is_zipfile(path):
+            with open(path, "rb") as file:
+                begin = file.read(6)
+            if begin[:2] == b"PK" and zipfile.is_zipfile(path):
                 with zipfile.ZipFile(path) as archive:
-                    names = [i.filename for i in archive.infolist() if not i.is_dir()]
-                return [(name, f"{path}/{name}", path, name) for name in names]
-            plain = self._unpack(path)
+                    names = [n for n in archive.namelist() if n[-1] not in "/\\"]
+                return [(n.replace("\\", "/"), f"{path}/{n}", path, n) for n in names]
+            plain = self._unpack(path, begin)
             try:
                 with tarfile.open(plain, "r:") as tar:
                     parts = {}
                     for i in tar:
-                        if i.isreg() and not i.issparse():
+                        if i.issparse():
+                            self.unread.append(i.name)
+                        elif i.isreg():
                             parts[i.name] = i.offset_data, i.size
                         elif i.islnk() and i.linkname in parts:
                             parts[i.name] = parts[i.linkname]
@@ -616,10 +647,8 @@ class Files:
             room = f"no room to unpack it in {tempfile.gettempdir()}: set TMPDIR to another folder"
             raise ClipError(path, "", room if full else f"not a readable archive ({e})") from None
 
-    def _unpack(self, path):
+    def _unpack(self, path, begin):
         "The path of a tar; of a packed one, of a temporary file that goes when this object does."
-        with open(path, "rb") as file:
-            begin = file.read(6)
         unpack = next((o for magic, o in _UNPACK.items() if begin.startswith(magic)), None)
         if unpack is None:
             return path
@@ -632,21 +661,14 @@ class Files:
                 expect(path, most >= 0, f"unpacks to more than {MAX_RATIO} times its size: refused")
         return Path(temporary.name)
 
-    def __getstate__(self):  # open files don't travel between processes
-        return {**vars(self), "opened": {}}
-
     def open(self, i: int, limit: int = 1 << 28):
         "File i in memory, or ClipError if it can't be read or is larger than limit."
         (file, part), where = self.parts[i], self.where[i]
         if part is None:
-            return where
+            return file
         try:
-            archive = self.opened.get(file)
-            if archive is None:
-                archive = zipfile.ZipFile(file) if isinstance(part, str) else open(file, "rb")
-            self.opened[file] = archive
-            if len(self.opened) > 64:  # processes may have few files open
-                self.opened.pop(next(iter(self.opened))).close()
+            opener = zipfile.ZipFile if isinstance(part, str) else partial(open, mode="rb")
+            archive = self.handles.get(opener, file)
             if isinstance(part, str):
                 with archive.open(part) as member:
                     data = member.read(limit + 1)
@@ -721,7 +743,8 @@ class Clips:
         parts += [f"up to {bodies}" for bodies in many(of["bodies"], "body", "bodies")]
         parts += many(of["classes"], "class", "classes")
         parts += [f"{of['lost']:,} more without a skeleton"] if of["lost"] else []
-        parts += [f"not read: {', '.join(of['unread'])}"] if of["unread"] else []
+        more = " …" * (len(of["unread"]) > 4)
+        parts += [f"not read: {', '.join(of['unread'][:4])}{more}"] if of["unread"] else []
         return f"{self.path.name or self.path}: {self.title}: {', '.join(parts)}"
 
     def __repr__(self):
@@ -777,9 +800,10 @@ def label_lists(files, labels):
     found = [files.open(i) for i, n in enumerate(files.names) if _LABEL_LIST.fullmatch(n)]
     if labels is not None and not isinstance(labels, dict):
         found.append(labels)
-    elif files.path.is_dir():
-        beside = [Path(f"{files.path.resolve()}_label.json{end}") for end in ("", ".gz")]
-        found += [path for path in beside if path.is_file()]
+    else:
+        places = {_PACKED.sub("", f(files.path)) for f in (os.path.abspath, os.path.realpath)}
+        beside = [f"{place}_label.json{end}" for place in sorted(places) for end in ("", ".gz")]
+        found += [path for path in beside if os.path.isfile(path)]
     listed = {k: v for source in found for k, v in read_label_list(source).items()}
     return (listed | labels if isinstance(labels, dict) else listed) or None
 
@@ -787,18 +811,26 @@ def label_lists(files, labels):
 def _clip_of_file(files, members, names, kind, skeleton, listed, i):
     "Clip i of files that hold one recording each."
     at = members[i]
-    more = {} if listed is None else {"listed": listed.get(names[i])}
+    more = {} if listed is None else {"listed": listed.get(stem(files.names[at]))}
     clip = READERS[kind][3](files.open(at), names[i], skeleton, **more)
-    part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.path.name}/{files.names[at]}")
+    part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.name}/{files.names[at]}")
     if part and not clip.split:
         clip.split = {"kinetics": "train" if part[1] == "train" else "test"}
     return clip
 
 
-def _clip_of_arrays(arrays, skeleton, i):
+def _own_classes(arrays):
+    "Whether NTU names stand beside other labels, one an action: classes of somebody's own."
+    told = {(_ntu_words(name)[1], label) for name, label in zip(arrays.names, arrays.labels)}
+    told = {pair for pair in told if None not in pair}
+    one = len({a for a, _ in told}) == len({b for _, b in told}) == len(told) > 0
+    return one and all(a != b for a, b in told)
+
+
+def _clip_of_arrays(arrays, skeleton, own, i):
     "Clip i of an ArraySet."
     raw, name = arrays.record(i), arrays.names[i]
-    tags, by_name, _ = _ntu_words(name)
+    tags, by_name, words = _ntu_words(name)
     joints, label = _as_float32(raw["joints"], name, "joints"), raw["label"]
     limit = MAX_METRES if joints.shape[3] == 3 else MAX_IMAGE
     within = (np.abs(joints) <= limit).all()
@@ -806,10 +838,10 @@ def _clip_of_arrays(arrays, skeleton, i):
     if (visible := raw.get("visible")) is not None:
         visible = _as_scores(_as_float32(visible, name, "scores"), name, "scores")
     kinect = joints.shape[2] == 25
-    same = label in (None, by_name) or not (tags and kinect)
+    same = own or label in (None, by_name) or not (tags and kinect)
     expect(name, same, f"is {label}, but the name says {by_name}", "label")
-    is_ntu = tags or (kinect and arrays.path.name.upper().startswith("NTU"))  # CTR-GCN: no names
-    words = _NTU_CLASSES.get(label) if is_ntu else None
+    if kinect and name.upper().startswith("NTU"):  # CTR-GCN: names of the file
+        words = _NTU_CLASSES.get(label)
     tags |= raw["tags"]
     return Clip(joints, visible, name, label, skeleton, words, tags, raw["split"])
 
@@ -828,10 +860,13 @@ KNOWN = "\n  ".join([
 def _refuse_unknown(files, endings):
     "ClipError for files of which none is known: what is there, what one could do, what is known."
     check = partial(expect, files.path)
-    check(endings, "no recordings found here: there is no file in it (hidden ones don't count)")
-    if files.path.is_file() and len(endings) == 1:
-        damaged = endings[0] in (".zip", ".tar", ".tgz")
-        check(not damaged, f"no {endings[0]} archive, or a damaged one: fetch or pack it again")
+    check(endings, "no recordings found here: there is no file in it (hidden ones and dead links "
+          "don't count)")  # fmt: skip
+    damaged = files.names == [files.path.name] and endings[0] in (".zip", ".tar", ".tgz")
+    check(not damaged, f"no {endings[0]} archive, or a damaged one: fetch or pack it again")
+    sets = {n.rpartition("/")[0] for n in files.names if re.search(r"\.(np[yz]|pkl|pickle)$", n)}
+    several = files.path.is_dir() and sets - {""}
+    check(not several, f"holds several data sets; name one of them: {', '.join(sorted(sets)[:8])}")
     listed = any(_LABEL_LIST.fullmatch(name) for name in files.names)
     have = ", ".join(f"{n:,} {e or 'other'}" for e, n in sorted(Counter(endings).items())[:8])
     have = "a label list, and the recordings that it lists are missing" if listed else have
@@ -846,25 +881,25 @@ def _find_kind(files, kind):
     if kind is not None:
         check(kind in READERS, f"unknown kind {kind!r}; known are {', '.join(READERS)}")
         return kind, [i for i, e in enumerate(endings) if e == READERS[kind][0]]
-    there = [e for e in (".skeleton", ".json", ".npz") if e in endings]
-    if not there:
-        _refuse_unknown(files, endings)
-    counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
-    say = "say which with kind=… (ntu, ucla, kinetics or plain)"
-    check(len(there) == 1, f"holds {counts} files; {say}")
-    members = [i for i, e in enumerate(endings) if e == there[0]]
-    if there != [".json"]:
-        return {".skeleton": "ntu", ".npz": "plain"}[there[0]], members
-    for i in members[:50]:  # the first that tells
+    jsons, found = [i for i, e in enumerate(endings) if e == ".json"], None
+    for i in jsons[:50]:  # the first that tells
         try:
-            data, *_ = _read_source(files.open(i))
+            found = json_kind(_read_source(files.open(i))[0])
         except ClipError:
             continue
-        for word, found in ((b'"skeletons"', "ucla"), (b'"data"', "kinetics")):
-            if word in data:
-                return found, members
-    if len(members) == 1:
-        load_json(data, files.where[members[0]])  # damaged? then say so
+        if found:
+            break
+    kinds = {".skeleton": "ntu", ".npz": "plain"} | ({".json": found} if found else {})
+    there = [e for e in kinds if e in endings]
+    counts = " and ".join(f"{endings.count(e):,} {e}" for e in there)
+    say = "say which with kind=… (ntu, ucla, kinetics or plain)"
+    check(len(there) < 2, f"holds {counts} files; {say}")
+    if there:
+        return kinds[there[0]], [i for i, e in enumerate(endings) if e == there[0]]
+    if len(jsons) < len(endings) or not endings:
+        _refuse_unknown(files, endings)
+    if len(jsons) == 1:
+        load_json(_read_source(files.open(jsons[0]))[0], files.where[jsons[0]])  # damaged: say so
     check(False, "JSON with neither 'skeletons' (Northwestern-UCLA) nor 'data' (Kinetics-Skeleton)")
 
 # %% ../nbs/11_clips.ipynb #a29e4994
@@ -883,24 +918,28 @@ def open_clips(
     """
     if errors not in ("raise", "collect"):
         raise ValueError(f'errors must be "raise" or "collect", got {errors!r}')
-    path, arrays = Path(path), None
-    stored = [(path / name).is_file() for name in ("header.json", "rows.npy", "joints.npy")]
+    if not isinstance(skeleton, (Skeleton, type(None))):
+        raise ValueError(f"skeleton must be a Skeleton, such as SKELETONS['ntu25']: {skeleton!r}")
+    path, arrays = Path(path).expanduser(), None
+    stored = [os.path.isfile(path / name) for name in ("header.json", "rows.npy", "joints.npy")]
     store = stored[0] and any(stored[1:])
     expect(path, not store, "a prepared store: open it with stf.dataset.ClipStore")
-    if kind is None and path.exists():
+    if kind is None and os.path.exists(path):
         try:
             arrays = open_arrays(path, labels, skeleton.num_joints if skeleton else 25)
         except Exception as e:  # a ValueError, or what zipfile and the file system say
             raise ClipError(path, "", e) from None
     if arrays is not None:
-        told = skeleton or _ntu_words(arrays.names[0])[0] or path.name.upper().startswith("NTU")
+        first = arrays.names[0]
+        told = skeleton or _ntu_words(first)[0] or first.upper().startswith("NTU")
         where = [f"{path}/{name}" for name in arrays.names]
-        read = partial(_clip_of_arrays, arrays, skeleton)
+        read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
         about = arrays.title, arrays.names, read, where, errors, not told
         return Clips(path, *about, **arrays.about)
     files = Files(path)
     kind, members = _find_kind(files, kind)
     ending, title, layout, _ = READERS[kind]
+    expect(path, labels is None or kind == "kinetics", f"{title} need no labels=…")
     expect(path, members, f"no {ending} file here")
     listed, found = label_lists(files, labels) if kind == "kinetics" else None, len(members)
     members = [i for i in members if not listed or listed.get(stem(files.names[i]), ()) is not None]
@@ -918,7 +957,8 @@ def open_clips(
             pass
     pattern = re.compile(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+")
     classes = {m[1] or m[2] for m in map(pattern.fullmatch, names) if m}
-    classes |= {listed[name][0] for name in names if listed and listed.get(name)}
+    listed_as = [listed.get(stem(files.names[i])) for i in members] if listed else []
+    classes |= {entry[0] for entry in listed_as if entry}
     read = partial(_clip_of_file, files, members, names, kind, skeleton, listed)
     where, lost = [files.where[i] for i in members], found - len(members)
     about = dict(joints=joints, classes=len(classes), lost=lost, unread=files.unread)

@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 
 from .clips import (Clip, ClipError, ntu_missing_skeletons, open_clips, parse_ntu_name, read_item,
                        read_items, start_worker)
-from .preparation import list_ranks, prepare
+from .preparation import prepare
 from .skeleton import Skeleton
 
 # %% ../nbs/14_dataset.ipynb #949235bf
@@ -76,7 +76,7 @@ def protocol_side(tags: dict, protocol: str):
         number = str(tags.get(tag))
         return ("train", "test")[is_tested(int(number))] if number.isdigit() else None
     view = tags.get("view", tags.get("camera") if "take" in tags else None)  # Northwestern-UCLA
-    return ("train", "test")[view == 3] if protocol == "xview" and view else None
+    return ("train", "test")[str(view) == "3"] if protocol == "xview" and view else None
 
 # %% ../nbs/14_dataset.ipynb #9bbee5a7
 class StoreError(ValueError):
@@ -255,7 +255,6 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False, wo
             except (TypeError, AttributeError, ValueError) as e:
                 raise StoreError(f"clip {name!r}: tags and split hold more than numbers, texts and "
                                  f"lists: {item.tags}, {item.split}") from e
-            list_ranks(item)
             whole = np.concatenate([item.joints, item.visible[..., None]], 3, dtype="<f4")
             for body, a, n in zip(whole, start, count):
                 rows.write(body[a : a + n].tobytes())
@@ -280,7 +279,7 @@ def _write_store(items, folder, classes=None, skip=frozenset(), strict=False, wo
 # %% ../nbs/14_dataset.ipynb #a26db2f3
 def _is_store(folder):
     "Whether a folder holds a store, whole or not, and perhaps its picture, and nothing else."
-    names = {p.name for p in folder.iterdir()} if folder.is_dir() else set()
+    names = {p.name for p in folder.iterdir()} if os.path.isdir(folder) else set()
     return "header.json" in names and names <= {"header.json", *_FILES, "sheet.png"}
 
 
@@ -301,16 +300,17 @@ class ClipStore:
     """
 
     def __init__(self, folder):
-        self.folder, self.header = Path(folder), read_header(folder)
+        self.folder = Path(folder).expanduser()
+        self.header = read_header(self.folder)
         self.skeleton = Skeleton(**self.header["skeleton"])
         lines = (self.folder / "clips.jsonl").read_bytes().splitlines()
-        try:
-            index = [json.loads(line) for line in lines]
-        except ValueError as e:
-            raise StoreError(f"{folder}/clips.jsonl: {e}; {REBUILD}") from e
         self.classes = [c["name"] for c in self.header["classes"]]
         self.class_labels = np.array([c["label"] for c in self.header["classes"]])  # as in files
-        self._use(index, np.searchsorted(self.class_labels, [clip["label"] for clip in index]))
+        try:
+            index = [json.loads(line) for line in lines]
+            self._use(index, np.searchsorted(self.class_labels, [clip["label"] for clip in index]))
+        except (ValueError, LookupError, TypeError) as e:
+            raise StoreError(f"{folder}/clips.jsonl: {e!r}; {REBUILD}") from e
         self._open()
 
     def _use(self, index, labels):
@@ -438,7 +438,7 @@ class ClipStore:
         view = self._view(_check_indices(indices, len(self)))
         if classes is None:
             return view
-        classes = [classes] if isinstance(classes, (str, int)) else classes
+        classes = [classes] if isinstance(classes, (str, int, np.integer)) else classes
         chosen = [self._class(c) for c in classes]
         if len({*chosen}) < len(chosen):
             raise StoreError(f"{self.folder}: a class is named twice: {list(classes)}")
@@ -458,6 +458,8 @@ class ClipStore:
         to = {c: c for c in self.classes} | {self._class(k): name for k, name in to.items()}
         used = list(dict.fromkeys(name for name in to.values() if name is not None))
         classes = used if classes is None else list(dict.fromkeys(classes))
+        if wrong := [name for name in classes if not isinstance(name, str)]:
+            raise StoreError(f"{self.folder}: a class's name must be text, not {wrong[0]!r}")
         if missing := [name for name in used if name not in classes]:
             raise StoreError(f"{self.folder}: class {missing[0]!r} is not in the given list of "
                              "classes; name it there, or map it to None")
@@ -509,9 +511,11 @@ class ClipStore:
         skip = ntu_missing_skeletons() if skip is None else skip
         if isinstance(skip, str):
             raise StoreError(f"skip must be a list of names, not one text: {skip!r}")
-        place = Path(folder).resolve()  # where a link points
+        if workers < 0:
+            raise StoreError(f"workers must be 0 or more, got {workers}")
+        place = Path(folder).expanduser().resolve()  # where a link points
         is_store = _is_store(place)
-        if place.exists() and not (overwrite and is_store):
+        if os.path.exists(place) and not (overwrite and is_store):
             cure = "overwrite=True or --overwrite replaces it" if is_store else "it is no store"
             raise StoreError(f"{folder}: already exists; choose another name ({cure})")
         aside = place.with_name(f"{place.name}.partial-{os.getpid()}")
@@ -530,7 +534,7 @@ class ClipStore:
             os.rename(aside, place)
             shutil.rmtree(old, ignore_errors=True)
         except OSError as e:
-            there = next(p for p in (aside, *aside.parents) if p.exists())
+            there = next(p for p in (aside, *aside.parents) if os.path.exists(p))
             raise StoreError(
                 f"{folder}: the build stopped at {e.filename or aside}: {e.strerror or e} "
                 f"({shutil.disk_usage(there).free / 1e6:,.0f} MB are free there); make room or "
@@ -557,8 +561,9 @@ def _check_indices(indices, N) -> np.ndarray:
 def open_input(path, *args, **options):
     "The clips of a store, or what `open_clips` finds at a path, with its options. ClipError."
     try:
-        if {"header.json", "rows.npy"} <= {p.name for p in Path(path).glob("*")}:
-            return ClipStore(path)
+        folder = Path(path).expanduser()
+        if all(os.path.isfile(folder / name) for name in ("header.json", "rows.npy")):
+            return ClipStore(folder)
     except StoreError as e:
         raise ClipError(path, "", str(e)) from e
     return open_clips(path, *args, **options)

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import numpy as np
@@ -95,7 +96,9 @@ def test_pyskl_list_only(tmp_path):
 @pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name, protocol", [("NTU60_CS", "xsub"), ("NTU60_CV", "xview"), ("NTU120_CSub", "xsub"), ("NTU120_CSet", "xset"), ("own", "official")])
 def test_ctrgcn(tmp_path, compressed, name, protocol):
-    clips = open_clips(write_ctrgcn(tmp_path / f"{name}.npz", compressed))
+    path = write_ctrgcn(tmp_path / f"{name}.npz", compressed)
+    clips = open_clips(path)
+    assert [c.class_name for c in open_clips(tmp_path)] == [c.class_name for c in clips]  # however it is named
     guessed = " (taken as ntu25)" if name == "own" else ""  # neither the name nor the user says which body
     assert f"3 clips, 25 joints{guessed}, up to 2 bodies, 3 classes" in clips.summary
     for i in (0, 1, 2, 1, 0):  # back and forth
@@ -240,6 +243,74 @@ def test_recordings_beside_arrays_are_not_left_out(tmp_path):
         (tmp_path / beside).unlink()
 
 
+def test_files_that_are_no_data_beside_a_set(tmp_path):
+    """A list of classes, means as an array, label pickles in another folder: no recordings, and no other set."""
+    from test_clips import TWO
+
+    write_npy(tmp_path / "b/splits", npy_array())
+    (tmp_path / "a").mkdir()
+    write_pyskl(tmp_path / "a/ntu60_3danno.pkl")
+    for folder, name in (("a", "label_map.json"), ("b", "means.npy")):
+        np.save(tmp_path / folder / name, np.zeros(3)) if name == "means.npy" else (tmp_path / folder / name).write_text("{}")
+    assert len(open_clips(tmp_path / "a")) == 3
+    with pytest.raises(ClipError, match="means.npy, but no .*joint.npy"):
+        open_clips(tmp_path / "b")
+    (tmp_path / "b" / f"{NAMES[0]}.skeleton").write_text(TWO)
+    assert open_clips(tmp_path / "b").names == NAMES[:1]
+    (tmp_path / "b/means.npy").unlink()
+    assert open_clips(tmp_path / "b").names == NAMES[:1]
+    with pytest.raises(ClipError, match="several data sets; name one of them: b/splits$"):
+        (tmp_path / "b" / f"{NAMES[0]}.skeleton").unlink()
+        (tmp_path / "a/ntu60_3danno.pkl").unlink()
+        open_clips(tmp_path)
+
+
+def test_ntu_names_with_classes_of_ones_own(tmp_path):
+    """The mutual actions as 0, 1, 2 …: a label for each action, and no clip with NTU's; words are those of the names."""
+    path = write_npy(tmp_path / "xsub", npy_array())
+    for labels, reason in (([0, 1, 2], ""), ([9, 1, 2], "the name says 57"), ([1, 1, 2], "the name says 9")):
+        (path.parent / "val_label.pkl").write_bytes(pickle.dumps((NAMES, labels)))
+        if reason:
+            with pytest.raises(ClipError, match=reason):
+                list(open_clips(path))
+        else:
+            assert [(c.label, c.class_name) for c in open_clips(path)] == [(0, "clapping"), (1, "handshaking"), (2, "walking apart from each other")]
+
+
+@pytest.mark.parametrize("route", ["npy", "npz", "pyskl", "zip"])
+def test_processes_and_threads_read_side_by_side(tmp_path, route):
+    """An open file has one position: whoever shares it gets another clip's numbers under a clip's label."""
+    x = np.ones((200, 3, 30, 25, 2), np.float32) * (np.arange(200) + 1)[:, None, None, None, None]
+    names, labels = [f"c{i}" for i in range(200)], list(range(200))
+    path = tmp_path / {"npy": "val_data_joint.npy", "npz": "a.npz", "pyskl": "a.pkl", "zip": "a.zip"}[route]
+    if route == "npy":
+        np.save(path, x)
+        (tmp_path / "val_label.pkl").write_bytes(pickle.dumps((names, labels)))
+    elif route == "npz":
+        np.savez(path, x_train=x.transpose(0, 2, 4, 3, 1).reshape(200, 30, 150), y_train=labels)
+    elif route == "pyskl":
+        path.write_bytes(pickle.dumps([{"frame_dir": n, "label": i, "keypoint": x[i].transpose(3, 1, 2, 0).copy(), "total_frames": 30} for i, n in enumerate(names)]))
+    else:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+            for i, n in enumerate(names):
+                np.savez(tmp_path / "one.npz", joints=x[i].transpose(3, 1, 2, 0), label=i)
+                z.write(tmp_path / "one.npz", f"{n}.npz")
+    clips = open_clips(path)
+    right = lambda i: bool(clips[i].joints[0, 0, 0, 0] == clips[i].label + 1)
+    assert right(0)
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(right, range(200)))
+    children = []
+    for _ in range(2):  # which inherit open files
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                os._exit(0 if all(map(right, range(200))) else 1)
+            except BaseException:
+                os._exit(2)
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0, 0]
+
+
 def test_hidden_files_and_pipes_by_name(tmp_path):
     write_pyskl(tmp_path / ".hidden.pkl")
     assert len(open_clips(tmp_path / ".hidden.pkl")) == 3
@@ -349,7 +420,7 @@ def test_bad_npy(tmp_path):
     with pytest.raises(ClipError, match="val_label.pkl is missing"):
         open_clips(path)
     for x, reason in ((npy_array()[0], "must be"), (npy_array()[:2], "2 clips, but val_label.pkl 3"), (npy_array().astype(complex), "plain array"),
-                      (np.asfortranarray(npy_array()), "plain array")):  # fmt: skip
+                      (np.asfortranarray(npy_array()), "plain array.*is in Fortran order")):  # fmt: skip
         with pytest.raises(ClipError, match=reason):
             open_clips(write_npy(tmp_path / "b", x))
     path = write_npy(tmp_path / "c", npy_array())

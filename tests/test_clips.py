@@ -337,6 +337,8 @@ def test_clip_refuses(joints, reason):
     (dict(visible=np.full((1, 2, 25), np.nan)), "0..1"), (dict(visible=np.full((1, 2, 25), 1.5)), "0..1"), (dict(label=-1), "label"),
     (dict(name=None), "name"), (dict(tags=None), "tags"), (dict(split=["a"]), "split"), (dict(label=2**31), "label"),
     (dict(label=True), "label"), (dict(label=1.0), "label"), (dict(skeleton=SKELETONS["coco17"]), "17"),
+    (dict(skeleton="ntu25"), "skeleton: must be a Skeleton"), (dict(class_name=3), "class_name: must be a str"),
+    (dict(tags={"listed": [0, 0]}), "listed: must be the ranks of 1"), (dict(tags={"listed": 0}), "listed"), (dict(tags={"listed": ["0"]}), "listed"),
 ])  # fmt: skip
 def test_clip_refuses_the_rest(kw, reason):
     with pytest.raises(ClipError, match=reason):
@@ -470,9 +472,67 @@ def test_the_split_is_told_by_the_folder_itself(tmp_path):
 
 def test_plain_files_of_one_name_in_two_folders(tmp_path):
     data = plain_bytes(joints=np.ones((4, 5, 3), np.float32), label=3)
-    assert open_clips(folder_of(tmp_path, **{"run/01.npz": data, "walk/01.npz": data})).names == ["run/01", "walk/01"]
-    own = {"x/01.skeleton": TWO, "y/01.skeleton": TWO}
-    assert open_clips(folder_of(tmp_path / "ntu", **own)).names == ["x/01", "y/01"]
+    clips = open_clips(folder_of(tmp_path, **{"run/01.npz": data, "walk/01.npz": data}))
+    assert clips.names == [c.name for c in clips] == ["run/01", "walk/01"]
+    clips = open_clips(folder_of(tmp_path / "ntu", **{"x/01.skeleton": TWO, "y/01.skeleton": TWO}))
+    assert clips.names == [c.name for c in clips] == ["x/01", "y/01"]
+    films = {f"kinetics_{part}/{name}.json": json.dumps({"data": KINETICS["data"]}) for part, name in (("train", "a"), ("train", "b"), ("val", "b"))}
+    listing = json.dumps({n: {"has_skeleton": True, "label": n, "label_index": i} for i, n in enumerate("ab")})
+    clips = open_clips(folder_of(tmp_path / "films", **films, **{"kinetics_train_label.json": listing}))
+    assert [(c.name, c.label) for c in clips] == [("kinetics_train/a", 0), ("kinetics_train/b", 1), ("kinetics_val/b", 1)] and "2 classes" in clips.summary
+
+
+def test_links_are_followed_and_dead_ones_named(tmp_path):
+    """Data sets are often linked from other disks, and git-annex leaves dead links; a link may lead back to where it is."""
+    folder_of(tmp_path, **{"S001C001P001R001A001.skeleton": TWO})
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "ntu60").symlink_to(tmp_path / "in")
+    (tmp_path / "in/again").symlink_to(home)
+    assert open_clips(home).names == ["S001C001P001R001A001"]
+    (home / "S001C001P001R001A002.skeleton").symlink_to(tmp_path / "nowhere")
+    assert open_clips(home).summary.endswith("not read: S001C001P001R001A002.skeleton")
+
+
+def test_the_same_films_however_they_are_named(tmp_path, monkeypatch):
+    """By a relative path, and zipped, with the label list beside: the same labels and splits."""
+    listing = json.dumps({"a": {"has_skeleton": True, "label": "yoga", "label_index": 399}})
+    folder = folder_of(tmp_path, **{"kinetics_val/a.json": json.dumps({"data": KINETICS["data"]}), "kinetics_val_label.json": listing})
+    with zipfile.ZipFile(folder / "kinetics_val.zip", "w") as z:
+        z.write(folder / "kinetics_val/a.json", "a.json")
+    with zipfile.ZipFile(folder / "windows.zip", "w") as z:  # some packers write backslashes
+        z.writestr("kinetics_val\\a.json", json.dumps(KINETICS))
+        z.writestr("__MACOSX\\._a.json", b"")
+    monkeypatch.chdir(folder / "kinetics_val")
+    monkeypatch.setenv("HOME", str(folder))
+    for path in (".", "../kinetics_val", "~/kinetics_val", "../kinetics_val.zip", "../windows.zip"):
+        (clip,) = open_clips(path)
+        assert (clip.name, clip.label, clip.split) == ("a", 399, {"kinetics": "test"}), path
+
+
+def test_a_tar_of_npz_and_an_archive_in_an_archive(tmp_path):
+    """The end of a tar may be the end of a zip, as an .npz is one. A zip of a zip is whole, but not what can be read."""
+    folder = folder_of(tmp_path, **{"no_label.npz": plain_bytes(joints=np.ones((4, 25, 3), np.float32))})
+    with tarfile.open(folder / "own.tar", "w") as t:
+        t.add(folder / "no_label.npz", "no_label.npz")
+    assert open_clips(folder / "own.tar").names == open_clips(folder / "no_label.npz").names == ["no_label"]
+    with zipfile.ZipFile(folder / "inner.zip", "w") as z:
+        z.write(folder / "no_label.npz", "a.npz")
+    with zipfile.ZipFile(folder / "outer.zip", "w") as z:
+        z.write(folder / "inner.zip", "inner.zip")
+    with pytest.raises(ClipError, match="1 .zip. Known are"):
+        open_clips(folder / "outer.zip")
+    sparse = tarfile.TarInfo("b.npz")
+    sparse.type = tarfile.GNUTYPE_SPARSE
+    with tarfile.open(folder / "own.tar", "a") as t:
+        t.addfile(sparse)
+    assert open_clips(folder / "own.tar").summary.endswith("not read: b.npz")
+
+
+def test_names_of_any_bytes(tmp_path):
+    folder = folder_of(tmp_path, **{"a.npz": plain_bytes(joints=np.ones((4, 25, 3), np.float32))})
+    os.rename(os.fsencode(folder / "a.npz"), os.fsencode(folder) + b"/caf\xe9.npz")
+    assert open_clips(folder)[0].name == "caf?"
 
 
 def test_archives_beside_loose_files_are_named(tmp_path):
@@ -496,13 +556,19 @@ def test_advice_for_what_has_no_reader(tmp_path, name, data, advice):
 
 
 def test_what_is_unknown_is_told(tmp_path):
-    for files, reason in [({"a.txt": "x"}, "Known are"), ({"a.skeleton": TWO, "b.json": "{}"}, "kind="), ({"a.json": "{}"}, "neither"), ({"._a.skeleton": TWO}, "there is no file in it")]:
+    for files, reason in [({"a.txt": "x"}, "Known are"), ({"a.skeleton": TWO, "b.json": json.dumps(KINETICS)}, "kind="), ({"a.json": "{}"}, "neither"), ({"._a.skeleton": TWO}, "there is no file in it")]:
         with pytest.raises(ClipError, match=reason):
             open_clips(folder_of(tmp_path / str(len(str(files))), **files))
     with pytest.raises(ClipError, match="no such"):
         open_clips(tmp_path / "nowhere")
-    mixed = folder_of(tmp_path / "mixed", **{"S001C001P001R001A001.skeleton": TWO, "b.json": "{}"})
+    mixed = folder_of(tmp_path / "mixed", **{"S001C001P001R001A001.skeleton": TWO, "b.json": json.dumps(KINETICS)})
     assert len(open_clips(mixed, kind="ntu")) == 1
+    (mixed / "b.json").write_text('{"classes": ["drink water"]}')  # no recording
+    assert len(open_clips(mixed)) == 1
+    with pytest.raises(ClipError, match="need no labels"):
+        open_clips(mixed, labels="nowhere.json")
+    with pytest.raises(ValueError, match="must be a Skeleton"):
+        open_clips(mixed, skeleton="ntu25")
     with pytest.raises(ClipError, match="unknown kind"):
         open_clips(mixed, kind="bvh")
 

@@ -680,6 +680,27 @@ def test_bad_recordings_among_good_ones_are_named(tmp_path):
     assert not list(tmp_path.glob("t*"))
 
 
+def test_recordings_of_ones_own_in_folders_of_classes(tmp_path, monkeypatch):
+    """run/01.npz and walk/01.npz, built into a store within their own folder, named by ~; and one more build of the same."""
+    for label, word in enumerate(("run", "walk")):
+        (tmp_path / "own" / word).mkdir(parents=True)
+        for i in range(2):
+            np.savez(tmp_path / f"own/{word}/0{i}.npz", joints=np.ones((5, 25, 3)), label=label, class_name=word)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):
+        store = build("~/own", "~/own/store", overwrite=True)
+        assert store.names == ["run/00", "run/01", "walk/00", "walk/01"] and ClipStore("~/own/store").classes == ["run", "walk"]
+    bad = tmp_path / "own/store/clips.jsonl"
+    text = bad.read_bytes()
+    bad.write_bytes(b"[" + b"0," * (len(text) // 2 - 2) + b"0" * (1 + len(text) % 2) + b"]" + b"\n")
+    assert bad.stat().st_size == len(text)
+    with pytest.raises(StoreError, match="clips.jsonl.*is damaged"):
+        ClipStore(tmp_path / "own/store")
+    for wrong, reason in ((dict(workers=-1), "workers must be 0 or more"), (dict(folder=tmp_path / ("x" * 300)), "the build stopped")):
+        with pytest.raises(StoreError, match=reason):
+            build(some(2), wrong.pop("folder", tmp_path / "t"), **wrong)
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_batches_are_the_same_on_cuda(tmp_path):

@@ -262,6 +262,18 @@ def test_one_frame_clips_and_one_frame_batches():
     assert make_batch([clip(T=1), clip(T=9)], stream="bone-motion", length=1).x.shape == (2, 4, 1, 5, 2)
 
 
+def test_a_crop_in_which_nobody_is_takes_frames_with_somebody():
+    """Someone who comes for five frames, goes, and comes back at the end: no variant is a label beside an empty input."""
+    joints = np.zeros((1, 100, 5, 3), np.float32)
+    joints[0, :5] = joints[0, -5:] = np.random.default_rng(0).normal(size=(5, 3))
+    gone = Clip(joints, skeleton=BODY)
+    for e in range(40):
+        for time in ("repeat", "resize"):
+            for preprocess in ("paper", "msg3d"):
+                made = prepare(gone, preprocess=preprocess, time=time, augment=Augment(crop=0.2), seed=(0, e), length=16, num_bodies=1)
+                assert made.x.any() and set(made.frame[made.body >= 0]) <= {*range(5), *range(95, 100)}
+
+
 def test_batch_of_a_clip_does_not_depend_on_its_neighbours():
     clips = some(9)
     for preprocess in ("paper", "msg3d"):
