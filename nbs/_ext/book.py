@@ -101,6 +101,7 @@ def readings_page():
         if found:
             lines += [f"## {title(path)}", "", f"[{path.stem}](../{path.name})", ""]
             for i, (section, text) in enumerate(found, start=1):
+                text = re.sub(r"\]\((\w+\.ipynb)", r"](../\1", text)  # as seen from reference/
                 lines += [f"[{section}](#reading-{path.stem}-{i})", "", text, ""]
     return "\n".join(lines)
 
