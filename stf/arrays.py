@@ -275,7 +275,7 @@ def as_label(label):
 
 # %% ../nbs/10_arrays.ipynb #aa35fdbe
 def pyskl(files):
-    "ArraySet of pyskl's pickles {name: (path, member, …)}, the parts of one set in their order."
+    "ArraySet of pyskl's pickles {name: place}, the parts of one set in their order."
     rows, splits, lost = [], {}, 0
     for name, place in files.items():
         table, split = load_pickle(*place), None
@@ -332,7 +332,7 @@ _CTRGCN_PROTOCOLS = {"cs": "xsub", "csub": "xsub", "cv": "xview", "cset": "xset"
 
 
 def ctrgcn(name, place, num_joints):
-    "ArraySet of CTR-GCN's x_train, y_train, … in the .npz at a place (path, member, …)."
+    "ArraySet of CTR-GCN's x_train, y_train, … in the .npz at a place."
     words = re.split(r"[_.-]", name.lower())
     protocol = next((p for word, p in _CTRGCN_PROTOCOLS.items() if word in words), "official")
     index, names, labels = [], [], []
@@ -397,7 +397,7 @@ def _read_names_and_labels(place):
 
 
 def msg3d(path, files, arrays, labels=None):
-    "ArraySet of MS-G3D's, 2s-AGCN's or ST-GCN's arrays, names in `files` {name: (path, member, …)}."
+    "ArraySet of MS-G3D's, 2s-AGCN's or ST-GCN's `arrays`, names in `files` {name: place}."
     path = Path(os.path.abspath(path))
     folder = path.parent.name if path.suffix == ".npy" else path.stem
     folders = [re.sub(r"[_-]", "", n.lower()) for n in (Path(arrays[0]).parent.name, folder) if n]
