@@ -608,8 +608,11 @@ class Files:
         name, path, *_ = entry
         if not name.lower().endswith(".json") or not _LOOSE.fullmatch(name):
             return _LOOSE.fullmatch(name)
-        with open(path, "rb") as file:
-            return json_kind(file.read(1 << 16))
+        try:
+            with open(path, "rb") as file:
+                return json_kind(file.read(1 << 16))
+        except OSError:  # it will be named when it is read
+            return True
 
     def _list(self, path):
         "[(name, where, file, part)] of an archive's members; None of another file."
