@@ -466,7 +466,7 @@ def _is_ctrgcn(place):
     except Exception:  # zipfile has many errors
         return False
 
-
+# %% ../nbs/10_arrays.ipynb #174ff518
 def open_arrays(
     path,  # a file, a folder or a .zip
     labels=None,  # MS-G3D: the label pickle, if it doesn't lie beside

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['UCLA_CLASSES', 'MAX_FRAMES', 'MAX_BODIES', 'MAX_METRES', 'MAX_IMAGE', 'MAX_PEOPLE', 'MAX_RATIO', 'RATIO_FROM',
            'READERS', 'KNOWN', 'ClipError', 'expect', 'Clip', 'class_names', 'ntu_missing_skeletons', 'parse_ntu_name',
-           'stem', 'read_ntu', 'load_json', 'numbers', 'read_ucla', 'read_kinetics', 'read_plain', 'save_clip', 'Files',
-           'Clips', 'start_worker', 'read_item', 'read_items', 'read_label_list', 'label_lists', 'open_clips']
+           'name_tags', 'stem', 'read_ntu', 'load_json', 'numbers', 'read_ucla', 'read_kinetics', 'read_plain',
+           'save_clip', 'Files', 'Clips', 'start_worker', 'read_item', 'read_items', 'read_label_list', 'label_lists',
+           'open_clips']
 
 # %% ../nbs/11_clips.ipynb #7706b045
 import bz2
@@ -186,11 +187,20 @@ def parse_ntu_name(
 _NTU_CLASSES = dict(enumerate(class_names("ntu120")))
 
 
+def name_tags(name: str) -> dict:
+    "What an NTU name tells (setup, camera, …), or a Northwestern-UCLA name (view, …), or {}."
+    try:
+        return parse_ntu_name(name)
+    except ValueError:
+        found = re.search(r"(?:^|/)a(\d+)_s(\d+)_e(\d+)_v(\d+)$", str(name))
+        keys = ("action", "subject", "take", "view")
+        return dict(zip(keys, map(int, found.groups()))) if found else {}
+
+
 def _ntu_words(name):
     "(tags, label, class name) that an NTU name tells; nothing for a recording of one's own."
-    try:
-        tags = parse_ntu_name(name)
-    except ValueError:
+    tags = name_tags(name)
+    if "setup" not in tags:
         return {}, None, None
     return tags, tags["action"] - 1, _NTU_CLASSES.get(tags["action"] - 1)
 
@@ -392,13 +402,10 @@ def read_ucla(
         expect(path, whole, f"must be {V} joints of 3 numbers", f"frame {t}")
     flat = [x for frame in frames for joint in frame for x in joint]
     joints = numbers(flat, MAX_METRES, path, "skeletons").reshape(1, len(frames), V, 3)
-    label, found = content.get("label"), re.search(r"(?:^|/)a(\d+)_s(\d+)_e(\d+)_v(\d+)$", name)
-    label = (_whole_number(label, path, "label", 1) or 0) - 1
-    label, tags, words = None if label < 0 else label, {}, None
-    if found:
-        keys = ("action", "subject", "take", "view", "camera")
-        tags = dict(zip(keys, map(int, found.group(1, 2, 3, 4, 4))))
-        words = dict(enumerate(UCLA_CLASSES)).get(label)
+    label = (_whole_number(content.get("label"), path, "label", 1) or 0) - 1
+    label, tags, words = None if label < 0 else label, name_tags(name), None
+    if "view" in tags:
+        tags["camera"], words = tags["view"], dict(enumerate(UCLA_CLASSES)).get(label)
     return _make_clip(path, joints, None, name, label, skeleton, words, tags)
 
 # %% ../nbs/11_clips.ipynb #01a0ff68
@@ -439,7 +446,7 @@ def _kinetics_people(content, path, V):
     score = _as_scores(score, path, "score").reshape(-1, V)
     return np.array(frame), pose.reshape(-1, V, 2), score, max(seen) + 1
 
-
+# %% ../nbs/11_clips.ipynb #b73a03d0
 def read_kinetics(
     source,  # path of a JSON file, or an open binary file
     name: str | None = None,  # of the clip; None: the file's (the YouTube ID)
@@ -496,7 +503,7 @@ def _read_npz(source, name=None, limit=1 << 28):
     except Exception as e:  # zipfile and zlib have many errors
         raise ClipError(path, "", f"can't be read: {e}") from None
 
-
+# %% ../nbs/11_clips.ipynb #3f009307
 def read_plain(
     source,  # path of an .npz in the plain form, or an open binary file
     name: str | None = None,  # of the clip; None: the one in the file, then the file's
@@ -875,7 +882,7 @@ def _refuse_unknown(files, endings):
     have = "a label list, and the recordings that it lists are missing" if listed else have
     check(False, f"no recordings found here, but {have}. Known are\n  {KNOWN}")
 
-
+# %% ../nbs/11_clips.ipynb #1436a6f4
 def _find_kind(files, kind):
     "(kind, indices of its files) of files that hold one recording each."
     check = partial(expect, files.path)
@@ -958,8 +965,7 @@ def open_clips(
             joints, told = [first["joints"].shape[-2]], "skeleton" in first
         except (ClipError, LookupError):
             pass
-    pattern = re.compile(r"S\d{3}C\d{3}P\d{3}R\d{3}(A\d{3})|(a\d+)_s\d+_e\d+_v\d+")
-    classes = {m[1] or m[2] for m in map(pattern.fullmatch, names) if m}
+    classes = {tags["action"] for tags in map(name_tags, names) if tags}
     listed_as = [listed.get(stem(files.names[i])) for i in members] if listed else []
     classes |= {entry[0] for entry in listed_as if entry}
     read = partial(_clip_of_file, files, members, names, kind, skeleton, listed)

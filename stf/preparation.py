@@ -400,7 +400,7 @@ def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, a
     if augment and augment.flip:
         mirror_joints(skeleton)
 
-
+# %% ../nbs/13_preparation.ipynb #ef24c2c7
 class Prepared(NamedTuple):
     "A network's input, and which body and frame of the clip each of its numbers comes from."
 

@@ -17,41 +17,15 @@ import pytest
 import torch
 
 from stf import dataset
-from stf.clips import Clip, ClipError, open_clips
-from stf.dataset import (Batches, ClipStore, StoreError, fraction, load_batches, make_batch, name_tags, open_input, protocol_side,
-                         splits, validation_split, verify_store)
+from stf.clips import Clip, ClipError, name_tags, open_clips
+from stf.dataset import (Batches, ClipStore, StoreError, fraction, load_batches, make_batch, open_input, protocol_side, splits,
+                         validation_split, verify_store)
 from stf.preparation import STREAMS, Augment
-from stf.skeleton import SKELETONS, Skeleton
+from stf.skeleton import SKELETONS
+from test_preparation import FLAT, clip, some
 
 REAL = Path(os.environ.get("STF_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "real-data"))
 needs_real = pytest.mark.skipif(not REAL.exists(), reason=f"real recordings are not at {REAL}")
-BODY = Skeleton(
-    "body",
-    ("hip", "chest", "head", "left hand", "right hand"),
-    ((1, 0), (2, 1), (3, 1), (4, 1)),
-    0,
-    (2, 1, 0),
-    (0, 1),
-    (4, 3),
-)
-FLAT = Skeleton(
-    "flat",
-    ("hip", "chest", "head", "left hand", "right hand"),
-    ((1, 0), (2, 1), (3, 1), (4, 1)),
-    0,
-    (2, 1, 0),
-)
-
-
-def clip(name="a", label=0, M=1, T=5, seed=0, skeleton=BODY, C=3, **more):
-    rng = np.random.default_rng(seed)
-    return Clip(
-        rng.normal(size=(M, T, skeleton.num_joints, C)), name=name, label=label, skeleton=skeleton, **more
-    )
-
-
-def some(n, **more):
-    return [clip(f"clip {i}", i % 3, 1 + i % 2, 1 + i % 7, i, **more) for i in range(n)]
 
 
 def build(clips, folder, **more):
