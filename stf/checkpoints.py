@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['NETWORKS', 'FORMATS', 'USUAL', 'WORDS', 'INPUT', 'REQUIRED', 'ConfigError', 'CheckpointError', 'refuse', 'closest',
-           'network_class', 'batch_options', 'coordinates', 'check_header', 'find_checkpoint', 'read_header',
-           'read_tensors', 'save_checkpoint', 'build_network', 'load_checkpoint', 'is_head', 'start_from', 'publish',
-           'read_public', 'public_sizes']
+           'network_class', 'named_skeleton', 'batch_options', 'coordinates', 'check_header', 'find_checkpoint',
+           'read_header', 'read_tensors', 'save_checkpoint', 'build_network', 'load_checkpoint', 'is_head',
+           'start_from', 'publish', 'read_public', 'public_sizes']
 
 # %% ../nbs/21_checkpoints.ipynb #a73f21b5
 import importlib
@@ -23,7 +23,7 @@ from safetensors.torch import save
 
 from .evaluate import write_file
 from .preparation import BODY_RULES, PRESETS, STREAMS, TIMES, in_channels
-from .skeleton import Skeleton
+from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/21_checkpoints.ipynb #e0bcf7b2
 class ConfigError(ValueError):
@@ -58,6 +58,21 @@ def network_class(name: str) -> type:
         return found
     hint = f"import {module} first" if ":" in name else closest(name, NETWORKS)
     raise ConfigError(f"there is no network {name!r}; {hint}")
+
+# %% ../nbs/21_checkpoints.ipynb #5ce10a02
+def named_skeleton(
+    text: str,  # a name of SKELETONS, or a JSON file with name, joints, bones, centre and height
+):  # Skeleton, or None for ""
+    "The joint layout of a name or a file. ConfigError for an unknown one, or a file without one."
+    if not text or text in SKELETONS:
+        return SKELETONS.get(text)
+    if not Path(text).is_file():
+        fields = "name, joints, bones, centre and height"
+        raise ConfigError(f"no skeleton {text!r}; known are {', '.join(SKELETONS)}, or give a JSON file with {fields}")
+    try:
+        return Skeleton(**json.loads(Path(text).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{text}: describes no skeleton: {e}") from None
 
 # %% ../nbs/21_checkpoints.ipynb #a425a756
 FORMATS = (1, 2)  # of headers; 2 may hold training state
