@@ -85,7 +85,7 @@ def readings(path):
         for line in [*source.splitlines(), ""] if kind == "markdown" else ():
             if line.startswith("#"):
                 section = line.lstrip("# ")
-            if line.startswith(">") and quote is None and "**Our reading" in line:
+            if line.startswith(">") and quote is None and "**Our reading." in line:
                 quote = []
             if quote is not None and line.startswith(">"):
                 quote.append(line)
@@ -98,7 +98,7 @@ def readings(path):
 def readings_page():
     lines = ["# Our readings", "",
              "> Where the paper is silent or can be read in two ways, and what this book does.", "",
-             "Each stands in its notebook where it is used; its text names the option that changes it."]
+             "Each stands in its notebook; its text names the option that changes it."]  # fmt: skip
     for path in notebooks():
         if found := readings(path):
             lines += ["", f"## {title(path)}", "", f"[{path.stem}](../{path.name})"]
@@ -123,8 +123,8 @@ def write_reference():
     modules = module_notebooks()
     rows = [f"| [stf.{m}](api/{p.stem}.md) | [{p.stem}](../{p.name}) | {title(p)} |"
             for m, p in modules.items()]  # fmt: skip
-    pages["api"] = "\n".join(["# API", "", "> All exported functions and classes, in reading order.",
-                              "", "| module | notebook | |", "|---|---|---|", *rows, ""])  # fmt: skip
+    head = ["# API", "", "> All exported functions and classes, in reading order.", ""]
+    pages["api"] = "\n".join([*head, "| module | notebook | |", "|---|---|---|", *rows, ""])
     pages |= {f"api/{p.stem}": module_page(m, p) for m, p in modules.items()}
     contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     pages["contributing"] = contributing.replace("](nbs/", "](../")
@@ -148,7 +148,7 @@ def prepare_notebook(stem, text):
     for cell in book["cells"]:
         source = "".join(cell["source"])
         if cell["cell_type"] == "markdown":
-            for quote in re.findall(r"^>.*\*\*Our reading.*\n?", source, re.M):
+            for quote in re.findall(r"^>.*\*\*Our reading\..*\n?", source, re.M):
                 count += 1
                 source = source.replace(quote, f"(reading-{stem}-{count})=\n{quote}", 1)
             out.append(cell | {"source": source})
@@ -160,8 +160,8 @@ def prepare_notebook(stem, text):
         names = [n for n, _ in definitions(rest)] if module and "export" in directives else []
         if names:
             targets = "\n".join(f"({label(module, n)})=" for n in names) + "\n"
-            target_id = f"{cell.get('id', 'c')}t"
-            out.append({"cell_type": "markdown", "id": target_id, "metadata": {}, "source": targets})
+            target = {"cell_type": "markdown", "id": f"{cell.get('id', 'c')}t", "metadata": {}}
+            out.append(target | {"source": targets})
         tags = [d for d in directives if d in ("export", "slow", "cuda", "data")]
         out.append(cell | {"source": rest, "metadata": cell["metadata"] | {"tags": tags}})
     return json.dumps(book | {"cells": out})
@@ -185,6 +185,8 @@ def describe(app, what, name, thing, options, lines):
         source = "\n".join(s for _, s in cells(module_notebooks()[module]))
         beside = re.search(rf"^{local} = [^\n]*?  # (.*)$", source, re.M)
         text = beside[1] if beside else ""
+    elif not (getattr(thing, "__module__", None) or "stf").startswith("stf"):  # from a library
+        text = ""
     parts = re.split(r"`([^`]*)`", text)
     plain = [re.sub(r"([*|_\\])", r"\\\1", p) for p in parts[::2]]
     code = [f"``{c}``" for c in parts[1::2]] + [""]
@@ -228,7 +230,7 @@ def setup(app):
     app.connect("autodoc-process-docstring", describe)
     app.connect("html-page-context", drop_thebe, priority=900)
     app.connect("build-finished", copy_mathjax)
-    parts = (Path(__file__), NBS / "_static" / "book.css")  # when one changes, all pages are made anew
+    parts = (Path(__file__), NBS / "_static" / "book.css")  # new: all pages are made anew
     version = int(hashlib.sha256(b"".join(p.read_bytes() for p in parts)).hexdigest()[:8], 16)
     return {"parallel_read_safe": True, "parallel_write_safe": True, "env_version": version}
 
