@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Clip', 'class_names', 'ntu_missing_skeletons', 'name_tags', 'read_ntu', 'read_ucla', 'read_kinetics', 'read_plain',
-           'save_clip', 'Clips', 'open_clips']
+           'save_clip', 'open_clips']
 
-# %% ../nbs/11_clips.ipynb #31f2ffed
+# %% ../nbs/11_clips.ipynb #c7bf49e0
 import io
 import json
-import operator
 import os
 import re
 import zipfile
@@ -23,12 +22,11 @@ from reprlib import repr as short
 
 import numpy as np
 
-from .arrays import ARRAY_FORMS, open_arrays
-from .files import (ClipError, Files, expect, load_json, named, read_items, reading,
-                       stem)  # fmt: skip
+from .arrays import open_arrays
+from .files import ClipError, Clips, Files, expect, load_json, named, reading, stem
 from .skeleton import SKELETONS, Skeleton
 
-# %% ../nbs/11_clips.ipynb #04b37f7d
+# %% ../nbs/11_clips.ipynb #766fa827
 def _known_layout(num_joints):
     "The known skeleton with so many joints, or None."
     return next((s for s in SKELETONS.values() if s.num_joints == num_joints), None)
@@ -36,10 +34,8 @@ def _known_layout(num_joints):
 
 def _as_float32(array, place):
     "An array as float32; ClipError if it holds no numbers."
-    try:
+    with named("", "must be numbers in a rectangular array ({})"):
         array = np.asarray(array)
-    except (TypeError, ValueError, OverflowError):
-        array = np.array(None)
     expect(array.dtype.kind in "fiub", "must be numbers in a rectangular array", place)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as infinite
         return np.ascontiguousarray(array, dtype=np.float32)
@@ -85,13 +81,14 @@ class Clip:
         expect(w.shape == shape[:3], f"must be {shape[:3]} like the joints, got {w.shape}", "visible")
         expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
         expect(seen.any() or w.any(), "no body in any frame")
-        label, s = self.label, self.skeleton or _known_layout(V)
-        whole = isinstance(label, (int, np.integer)) and not isinstance(label, bool)
-        whole = label is None or (whole and 0 <= label < 1 << 31)
-        expect(whole, f"must be an integer from 0 or None, got {short(label)}", "label")
-        self.label, self.skeleton = None if label is None else int(label), s
-        if s and s.num_joints != V:
-            expect(False, f"the clip has {V} joints, {s.name!r} has {s.num_joints}", "skeleton")
+        if self.label is not None:
+            whole = isinstance(self.label, (int, np.integer)) and not isinstance(self.label, bool)
+            whole = whole and 0 <= self.label < 1 << 31
+            expect(whole, f"must be an integer from 0 or None, got {short(self.label)}", "label")
+            self.label = int(self.label)
+        self.skeleton = s = self.skeleton or _known_layout(V)
+        fits = s is None or s.num_joints == V
+        expect(fits, fits or f"the clip has {V} joints, {s.name!r} {s.num_joints}", "skeleton")
         ranks = np.asarray(self.tags.get("listed", range(M)))
         fits = ranks.ndim == 1 and sorted(ranks.tolist()) == [*range(M)]
         expect(fits, f"must be the ranks of {M} bodies, got {ranks.tolist()}", "tags: listed")
@@ -147,7 +144,7 @@ def _ntu_words(name):
         return {}, None, None
     return tags, tags["action"] - 1, _NTU_CLASSES.get(tags["action"] - 1)
 
-# %% ../nbs/11_clips.ipynb #c8197d8b
+# %% ../nbs/11_clips.ipynb #7de516c2
 _MAX_FRAMES, _MAX_BODIES = 100_000, 100  # of one clip: an hour at 28 frames a second
 _MAX_CELLS = 1_000_000  # bodies × frames
 _MAX_METRES = 1e3  # a joint farther than 1 km from the camera is a fault
@@ -157,7 +154,7 @@ _UNUSED = re.compile(rb"[-+]?(nan|inf|infinity|1\.#\w+)", re.IGNORECASE)
 
 def _ntu_rows(data):
     "(frames, [(frame t, body ID, 25 rows of x, y, z in metres and state)]) of a .skeleton file."
-    lines, at, rows = data.rstrip().split(b"\n"), 0, []
+    lines, at, rows = data.rstrip().split(b"\n"), 0, []  # at: lines read
     odd = data.translate(None, b"0123456789+-.eE \t\r\n")  # no number has these
     check = lambda condition, reason: expect(condition, reason, f"line {max(at, 1)}")
     said = lambda word: short(word.decode("latin1"))
@@ -251,26 +248,24 @@ def read_ntu(
         skeleton = skeleton or SKELETONS["ntu25"]
         return Clip(whole[..., :3], whole[..., 3] > 0, name, label, skeleton, words, tags)
 
-# %% ../nbs/11_clips.ipynb #315ebd6e
+# %% ../nbs/11_clips.ipynb #f41d4a53
 def _numbers(values, limit, place):
     "A list of numbers as float64; ClipError unless all are int or float within ±limit."
-    for bad in (v for v in values if type(v) not in (int, float)):
-        expect(False, f"holds {short(bad)}, where a number should be", place)
-    try:
-        found = np.array(values, dtype=np.float64)
-    except OverflowError:
-        found = np.array(np.inf)
-    expect((np.abs(found) <= limit).all(), f"holds a number beyond ±{limit:g}", place)
-    return found
+    for v in values:
+        if type(v) not in (int, float):
+            expect(False, f"holds {short(v)}, where a number should be", place)
+        if not -limit <= v <= limit:
+            expect(False, f"holds a number beyond ±{limit:g}", place)
+    return np.array(values, dtype=np.float64)
 
 
 def _whole_number(value, place, first=0):
-    "A whole number from `first` on, or None; else ClipError."
-    good = value is None or (type(value) is int and first <= value < _MAX_FRAMES)
+    "A whole number from `first` on, else ClipError."
+    good = type(value) is int and first <= value < _MAX_FRAMES
     expect(good, f"must be a whole number from {first}, not {short(value)}", place)
     return value
 
-# %% ../nbs/11_clips.ipynb #d4356516
+# %% ../nbs/11_clips.ipynb #b007e7b1
 def read_ucla(
     source,  # path of a JSON file, or an open binary file
     name: str | None = None,  # of the clip; None: the file's: action, subject, take, view
@@ -291,14 +286,14 @@ def read_ucla(
             expect(whole, f"must be {V} joints of 3 numbers", f"frame {t}")
         flat = [x for frame in frames for joint in frame for x in joint]
         joints = _numbers(flat, _MAX_METRES, "skeletons").reshape(1, len(frames), V, 3)
-        label = _whole_number(content.get("label"), "label", 1)
-        label, tags, words = label and label - 1, name_tags(name), None
+        label, tags, words = content.get("label"), name_tags(name), None
+        label = None if label is None else _whole_number(label, "label", 1) - 1
         if "view" in tags:
             tags["camera"] = tags["view"]
             words = dict(enumerate(class_names("nw-ucla"))).get(label)
         return Clip(joints, None, name, label, skeleton, words, tags)
 
-# %% ../nbs/11_clips.ipynb #d0354825
+# %% ../nbs/11_clips.ipynb #14e53805
 _MAX_IMAGE = 1e5  # 2D coordinates, in pixels or parts of the image
 
 
@@ -318,9 +313,7 @@ def _kinetics_people(content, V):
         check = lambda condition, reason: expect(condition, reason, f"data[{i}]")
         people = entry.get("skeleton") if isinstance(entry, dict) else None
         check(isinstance(people, list), "no list 'skeleton'")
-        t = entry.get("frame_index")
-        whole = type(t) is int and 0 <= t < _MAX_FRAMES
-        check(whole, f"frame_index must be a whole number from 0, not {short(t)}")
+        t = _whole_number(entry.get("frame_index"), f"data[{i}]: frame_index")
         check(t not in seen, f"frame_index {t} is there twice")
         seen.add(t)
         for person in people:
@@ -364,8 +357,8 @@ def read_kinetics(
         visible = np.zeros(joints.shape[:3], np.float32)
         joints[rank[kept], frame[kept]], visible[rank[kept], frame[kept]] = pose[kept], score[kept]
         label, words = content.get("label_index"), content.get("label") or None
-        label = None if label in ("", -1) else label  # of one's own films
-        _whole_number(label, "label_index")
+        known = label not in ("", -1, None)  # one's own films have none
+        label = _whole_number(label, "label_index") if known else None
         expect(words is None or isinstance(words, str), "must be text", "label")
         if listed:
             same = label in (None, listed[0])
@@ -373,7 +366,7 @@ def read_kinetics(
             label, words = listed
         return Clip(joints, visible, name, label, skeleton, words)
 
-# %% ../nbs/11_clips.ipynb #7d5f44bd
+# %% ../nbs/11_clips.ipynb #fa30ab02
 _PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
 _PLAIN_TEXTS = ("class_name", "skeleton", "name", "split", "tags")
 _PLAIN_KEYS = ("joints", "visible", "label", *_PLAIN_TEXTS, *_PLAIN_TAGS)
@@ -387,16 +380,6 @@ def _load_npz(data, limit=1 << 28):
         expect(size <= limit, f"more than {limit:,} bytes is no recording of this kind")
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             return {key: np.asarray(value) for key, value in file.items()}
-
-
-def _own_skeleton(text):
-    "A skeleton by its name, or by its description as JSON."
-    expect(len(text) < 40_000, "the description is too long", "skeleton")
-    try:
-        return SKELETONS[text] if text in SKELETONS else Skeleton(**load_json(text.encode()))
-    except (TypeError, ValueError) as e:
-        known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
-        raise ClipError("", "skeleton", f"{short(text)} is not known; {known}") from None
 
 
 def read_plain(
@@ -421,8 +404,14 @@ def read_plain(
         expect(joints.ndim in (3, 4), f"must be (T,V,C) or (M,T,V,C), got {joints.shape}", "joints")
         if joints.ndim == 3:
             joints, visible = joints[None], visible if np.ndim(visible) != 2 else visible[None]
-        if skeleton is None and "skeleton" in own:
-            skeleton = _own_skeleton(own["skeleton"])
+        if skeleton is None and (text := own.get("skeleton")):
+            expect(len(text) < 40_000, "the description is too long", "skeleton")
+            try:
+                own_layout = text not in SKELETONS
+                skeleton = Skeleton(**load_json(text.encode())) if own_layout else SKELETONS[text]
+            except (TypeError, ValueError) as e:
+                known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
+                expect(False, f"{short(text)} is not known; {known}", "skeleton")
         tags, split = (load_json(own.get(key, "{}").encode()) for key in ("tags", "split"))
         if isinstance(tags, dict):
             tags |= {key: own[key] for key in _PLAIN_TAGS if key in own}
@@ -443,81 +432,13 @@ def save_clip(
     own |= {key: as_json(getattr(clip, key)) for key in ("tags", "split") if getattr(clip, key)}
     np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
 
-# %% ../nbs/11_clips.ipynb #cfe9d8f7
-class Clips:
-    """The clips of a folder, archive or file, read one by one; `summary` says what they are.
-
-    len(clips); clips[i] -> Clip, or ClipError. Iteration stops at the first bad one if mode is
-    "raise"; if it is "collect", bad ones are left out and kept in the list `errors`.
-    """
-
-    def __init__(self, path, title, names, read, places, mode, guess, **about):
-        self.path, self.title, self.names, self.read = Path(path), title, names, read
-        self.places, self.mode, self.guess, self.errors = places, mode, guess, []
-        self.about = {"joints": [], "bodies": 0, "classes": 0, "lost": 0, "unread": []} | about
-
-    def where(self, i: int) -> str:
-        "What an error message calls clip i."
-        return self.places[i]
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i: int) -> Clip:
-        i = range(len(self))[operator.index(i)]
-        with named(self.places[i], "{}"):
-            clip = self.read(i)
-        self.about["bodies"] = max(self.about["bodies"], len(clip.joints))
-        return clip
-
-    def __iter__(self):
-        self.errors = []
-        for i in range(len(self)):
-            (item,) = read_items([i], self)
-            if isinstance(item, Clip):
-                yield item
-            elif self.mode == "raise":
-                raise item
-            else:
-                self.errors.append(item)
-
-    @property
-    def summary(self) -> str:
-        "What the input was taken for, in one line, as far as it is known by now."
-        joints, bodies, classes, lost, unread = self.about.values()
-        guessed = [s.name for v in joints if self.guess and (s := _known_layout(v))]
-        taken = f" (taken as {', '.join(guessed)})" if guessed else ""
-        parts = [f"{len(self):,} clip" + "s" * (len(self) != 1),
-                 joints and f"{' or '.join(map(str, joints))} joints{taken}",
-                 bodies and f"up to {bodies} {'body' if bodies == 1 else 'bodies'}",
-                 classes and f"{classes:,} class" + "es" * (classes > 1),
-                 lost and f"{lost:,} more without a skeleton",
-                 unread and f"not read: {', '.join(unread[:4])}" + " …" * (len(unread) > 4)]
-        parts = ", ".join(part for part in parts if part)
-        return f"{self.path.name or self.path}: {self.title}: {parts}"
-
-    def __repr__(self):
-        return f"Clips({self.summary})"
-
-# %% ../nbs/11_clips.ipynb #03c77694
+# %% ../nbs/11_clips.ipynb #c37a4eed
 _READERS = {  # kind: (ending, title, skeleton, reader of (source, name, skeleton))
     "ntu": (".skeleton", "NTU RGB+D .skeleton files", "ntu25", read_ntu),
     "ucla": (".json", "Northwestern-UCLA JSON files", "kinect20", read_ucla),
     "kinetics": (".json", "Kinetics-Skeleton JSON files", "openpose18", read_kinetics),
     "plain": (".npz", "plain .npz recordings", None, read_plain),
 }
-_KNOWN = "\n  ".join([
-    "one file a clip, in a folder, a .zip, a .tar.*, a folder of archives, or alone:",
-    *(title for _, title, *_ in _READERS.values()),
-    "or one file for all, also in a .zip:",
-    *ARRAY_FORMS,
-    "or a prepared store. Other archives, and arrays in a .tar or below one: unpack them first.",
-    "Anything else (.csv, .mat, .bvh, …): read it into an array (frames, joints, coordinates), and",
-    "make a Clip of it, ClipStore.build([Clip(joints, name=…, label=…, skeleton=…), …], folder),",
-    "or np.savez it in the plain form.",
-])  # fmt: skip
-
-
 def _clip_of_file(files, members, names, kind, skeleton, listed, i):
     "Clip i of files that hold one recording each."
     at = members[i]
@@ -554,7 +475,41 @@ def _clip_of_arrays(arrays, skeleton, own, i):
         words = _NTU_CLASSES.get(label)
     return Clip(joints, visible, name, label, skeleton, words, tags | raw["tags"], raw["split"])
 
-# %% ../nbs/11_clips.ipynb #66f8e60e
+# %% ../nbs/11_clips.ipynb #8b776680
+def _joints(numbers, told):
+    "25 joints (taken as ntu25), for the summary: the layout, where it was guessed."
+    taken = ", ".join(s.name for n in numbers if not told and (s := _known_layout(n)))
+    words = f"{' or '.join(map(str, numbers))} joints" if numbers else ""
+    return words + (f" (taken as {taken})" if taken else "")
+
+
+def _many_files(files, kind, skeleton, errors, labels):
+    "Clips of files that hold one recording each."
+    ending, title, layout, _ = _READERS[kind]
+    expect(labels is None or kind == "kinetics", f"{title} need no labels=…")
+    members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
+    expect(members, f"no {ending} file here")
+    listed, found = files.label_list(labels) if kind == "kinetics" else {}, len(members)
+    stems = [stem(name) for name in files.names]
+    members = [i for i in members if listed.get(stems[i], ()) is not None]
+    expect(members, "the label list says that none of these files has a skeleton")
+    names = [stems[i] for i in members]
+    if len({*names}) < len(names) and not _ntu_words(names[0])[0]:  # run/01.npz and walk/01.npz
+        names = [os.path.splitext(files.names[i])[0] for i in members]
+    told = skeleton or (layout and SKELETONS[layout])
+    joints = [told.num_joints] if told else []
+    if not told:  # the plain form may say it
+        with suppress(ClipError, LookupError), reading(files.open(members[0])) as (data, _):
+            first = _load_npz(data)
+            joints, told = [first["joints"].shape[-2]], "skeleton" in first
+    classes = {tags["action"] for tags in map(name_tags, names) if tags}
+    classes |= {listed[stems[i]][0] for i in members if listed.get(stems[i])}
+    read = partial(_clip_of_file, files, members, names, kind, skeleton, listed)
+    about = dict(classes=len(classes), lost=found - len(members), unread=files.unread)
+    where, about["joints"] = [files.where[i] for i in members], _joints(joints, told)
+    return Clips(files.path, title, names, read, where, errors, **about)
+
+
 def _refuse_unknown(files):
     "ClipError for files of which none is known: what is there, what one could do, what is known."
     expect(files.names or files.lists, "no recordings found here: there is no file in it (hidden "
@@ -572,8 +527,9 @@ def _refuse_unknown(files):
         expect(False, "JSON with neither 'skeletons' (Northwestern-UCLA) nor 'data' "
                "(Kinetics-Skeleton)")  # fmt: skip
     have = ", ".join(f"{n:,} {ending or 'other'}" for ending, n in sorted(endings.items())[:8])
+    known = "\n".join(_package_lines("known_inputs.txt"))
     have = have or "a label list, and the recordings that it lists are missing"
-    expect(False, f"no recordings found here, but {have}. Known are\n  {_KNOWN}")
+    expect(False, f"no recordings found here, but {have}. {known}")
 
 
 def _find_kind(files, labels, num_joints):
@@ -622,40 +578,10 @@ def open_clips(
         files, arrays = Files(path), None
         if kind is None:
             arrays, kind = _find_kind(files, labels, skeleton.num_joints if skeleton else 25)
-        if arrays is not None:
-            return _many_of_arrays(path, arrays, skeleton, errors)
-        return _many_files(files, kind, skeleton, errors, labels)
-
-
-def _many_of_arrays(path, arrays, skeleton, errors):
-    first, where = arrays.names[0], [f"{path}/{name}" for name in arrays.names]
-    told = skeleton or _ntu_words(first)[0] or first.upper().startswith("NTU")
-    read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
-    about = arrays.title, arrays.names, read, where, errors, not told
-    return Clips(path, *about, **arrays.about)
-
-
-def _many_files(files, kind, skeleton, errors, labels):
-    ending, title, layout, _ = _READERS[kind]
-    expect(labels is None or kind == "kinetics", f"{title} need no labels=…")
-    members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
-    expect(members, f"no {ending} file here")
-    listed, found = files.label_list(labels) if kind == "kinetics" else {}, len(members)
-    stems = [stem(name) for name in files.names]
-    members = [i for i in members if listed.get(stems[i], ()) is not None]
-    expect(members, "the label list says that none of these files has a skeleton")
-    names = [stems[i] for i in members]
-    if len({*names}) < len(names) and not _ntu_words(names[0])[0]:  # run/01.npz and walk/01.npz
-        names = [os.path.splitext(files.names[i])[0] for i in members]
-    told = skeleton or (layout and SKELETONS[layout])
-    joints = [told.num_joints] if told else []
-    if not told:  # the plain form may say it
-        with suppress(ClipError, LookupError), reading(files.open(members[0])) as (data, _):
-            first = _load_npz(data)
-            joints, told = [first["joints"].shape[-2]], "skeleton" in first
-    classes = {tags["action"] for tags in map(name_tags, names) if tags}
-    classes |= {listed[stems[i]][0] for i in members if listed.get(stems[i])}
-    read = partial(_clip_of_file, files, members, names, kind, skeleton, listed)
-    where, lost = [files.where[i] for i in members], found - len(members)
-    about = dict(joints=joints, classes=len(classes), lost=lost, unread=files.unread)
-    return Clips(files.path, title, names, read, where, errors, not told, **about)
+        if arrays is None:
+            return _many_files(files, kind, skeleton, errors, labels)
+        first, where = arrays.names[0], [f"{path}/{name}" for name in arrays.names]
+        told = skeleton or _ntu_words(first)[0] or first.upper().startswith("NTU")
+        read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
+        about = {**arrays.about, "joints": _joints(arrays.about["joints"], told)}
+        return Clips(path, arrays.title, arrays.names, read, where, errors, **about)
