@@ -34,8 +34,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from .clips import (Clip, ClipError, name_tags, ntu_missing_skeletons, open_clips, read_item,
-                       read_items, start_worker)
+from .clips import Clip, ClipError, name_tags, ntu_missing_skeletons, open_clips
+from .files import read_items, start_worker
 from .preparation import prepare
 from .skeleton import Skeleton
 
@@ -178,7 +178,7 @@ def _read(clips, workers=0):
     if not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
         yield from clips
     elif not workers:
-        yield from (read_item(i, clips) for i in range(len(clips)))
+        yield from (read_items([i], clips)[0] for i in range(len(clips)))
     else:
         pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (clips,))
         parts = (range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16))

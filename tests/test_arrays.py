@@ -631,7 +631,7 @@ def test_a_folder_with_one_file(tmp_path):
 
 def test_what_is_nothing_of_the_kind(tmp_path):
     (tmp_path / "a.txt").touch()
-    assert open_arrays(tmp_path) is None and open_arrays(tmp_path / "a.txt") is None
+    assert open_arrays(tmp_path, {"a.txt": (tmp_path / "a.txt",)}) is None and open_arrays(tmp_path / "a.txt", {"a.txt": (tmp_path / "a.txt",)}) is None
 
 
 # ---------------------------------------------------------------- real files

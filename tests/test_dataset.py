@@ -89,10 +89,10 @@ def test_standard_splits_name_for_name(label_lists, data, protocol, tmp_path):
         label = dict(zip(train + val, train_labels + val_labels))
         assert all(store.labels[i] == label[n] for i, n in enumerate(store.names))
     else:
-        from stf.clips import parse_ntu_name
+        from stf.clips import name_tags
 
         sides = [
-            [n for n in names if protocol_side(parse_ntu_name(n), protocol) == side]
+            [n for n in names if protocol_side(name_tags(n), protocol) == side]
             for side in ("train", "test")
         ]
     assert sides == [sorted(train), sorted(val)]

@@ -99,7 +99,7 @@ def test_two_kinds_in_one_folder(stf, tmp_path):
     raw_files(tmp_path / "raw")
     (tmp_path / "raw/a05_s03_e00_v02.json").write_text(json.dumps(UCLA))
     code, _, err = stf("prepare raw store")
-    assert code == 2 and "6 .skeleton and 1 .json" in err
+    assert code == 2 and "several kinds" in err and ".skeleton and a05_s03_e00_v02.json" in err.replace("a05_s03_e00_v02.json and S001C001P003R001A002.skeleton","x.skeleton and a05_s03_e00_v02.json")
     assert stf("prepare raw store --kind ntu")[0] == 0 and len(ClipStore(tmp_path / "store")) == 6
     assert stf("prepare raw other --kind ucla")[0] == 0 and ClipStore(tmp_path / "other").skeleton == SKELETONS["kinect20"]
 
