@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from stf import dataset
+import stf.store
 from stf.clips import Clip, ClipError, name_tags, open_clips
 from stf.dataset import (Batches, ClipStore, StoreError, fraction, load_batches, make_batch, open_input, protocol_side, splits,
                          validation_split, verify_store)
@@ -368,10 +368,10 @@ def test_what_a_rule_and_a_stored_split_may_say(tmp_path):
     """Anything but train, test and None is told: True, 'Train' and 'training' would all have become the test side."""
     store = build([clip(f"c{i}", tags={"subject": i}, split={"mine": ("train", "val", "test")[i]} if i < 3 else {}) for i in range(4)], tmp_path / "s")
     for said in (True, "Train", "training", 1):
-        with pytest.raises(StoreError, match=f"the rule says {said!r} of clip 'c0'"):
+        with pytest.raises(StoreError, match=f"the rule gives {said!r} for clip 'c0'"):
             store.split(lambda tags: said)
     assert [s.tolist() for s in store.split("mine")] == [[0], [1, 2]]  # c3 is on neither side
-    with pytest.raises(StoreError, match="protocol 'mine' says 'Train' of clip 'a'"):
+    with pytest.raises(StoreError, match="protocol 'mine' gives 'Train' for clip 'a'"):
         build([clip("a", split={"mine": "Train"})], tmp_path / "t").split("mine")
     names = [f"S001C001P00{i}R001A001" for i in (1, 2, 3)]  # two listed, one left out on purpose
     listed = build([clip(n, split={"xsub": "train"} if i < 2 else {}) for i, n in enumerate(names)], tmp_path / "u")
@@ -413,7 +413,7 @@ def test_a_full_disk_is_said_and_nothing_stays(tmp_path, monkeypatch, full_at):
     real = open
     full = lambda path, mode="r", *a: real("/dev/full", mode) if "w" in mode and full_at in str(path) else real(path, mode, *a)
     build(some(3), tmp_path / "other")
-    monkeypatch.setattr(dataset, "open", full, raising=False)
+    monkeypatch.setattr(stf.store, "open", full, raising=False)
     with pytest.raises(StoreError, match="the build stopped.*No space left.*MB are free there.*build again"):
         build(some(30), tmp_path / "s")
     assert [p.name for p in tmp_path.iterdir()] == ["other"]
@@ -489,7 +489,7 @@ class Lazy:
 
 def test_workers_do_not_run_ahead_without_bound(tmp_path):
     """A slow disk must not fill the memory with clips that wait to be written."""
-    items = dataset._read(Lazy(tmp_path / "count"), 1)
+    items = stf.store._read(Lazy(tmp_path / "count"), 1)
     for _ in range(20):
         next(items)
     time.sleep(1)
@@ -601,7 +601,7 @@ def test_a_split_by_any_function_of_the_tags(tmp_path):
     store = build([clip(f"c{i}", i % 3, tags={"subject": i}) for i in range(9)], tmp_path / "s")
     train, test = store.split(lambda tags: "train" if tags["subject"] < 4 else "test" if tags["label"] else None)
     assert train.tolist() == [0, 1, 2, 3] and test.tolist() == [4, 5, 7, 8]
-    with pytest.raises(StoreError, match="says nothing about 9"):
+    with pytest.raises(StoreError, match="doesn't apply to 9"):
         store.split(lambda tags: None)
 
 
