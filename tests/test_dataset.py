@@ -180,7 +180,7 @@ UNFIT = [
     (NAMED(1, 1), "clip 'b' calls label 1 'hop', but it is 'jump' in clips before it"),
     ([clip(n, i, class_name="jump") for i, n in enumerate("ab")], "two labels have one"),
     (dict(clips=NAMED(4, 0), classes=["x", "y"]), "'a' has label 4, classes 2 names"),
-    (dict(clips=NAMED(0, 1), classes=["hop", "x"]), "'a' calls label 0 'jump', but|'b' calls label"),
+    (dict(clips=NAMED(0, 1), classes=["hop", "x"]), "'b' calls label 1 'hop', but it is 'x' in"),
     (dict(classes=["a", "a"]), "different names"), (dict(classes="abc"), "not one text"),
     (dict(skip="abc"), "not one text"), (dict(workers=-1), "workers must be 0 or more"),
     (dict(clips=[clip("a"), clip("lost", None)], strict=True), "lost: label"),
