@@ -554,7 +554,7 @@ def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) ->
 
     state, sizes = read_public(file)
     joints, count = sizes.pop("joints"), sizes["num_classes"]
-    need(stream or preset, "give stream='joint' or 'bone', or a preset: the file doesn't name it")
+    need(stream or preset, "give stream='joint' or 'bone', or a preset: the file doesn't tell")
     c = Config.preset(preset) if preset else Config(stream=stream)
     own = {k: sizes[k] for k in sizes if hasattr(c, k)} | {"stream": stream or c.stream}
     known = _PUBLIC_CLASSES.get(count, "")
