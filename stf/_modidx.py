@@ -817,7 +817,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                            'stf.train.Training.train_epoch': ('train.html#training.train_epoch', 'stf/train.py'),
                            'stf.train._check': ('train.html#_check', 'stf/train.py'),
                            'stf.train._claim': ('train.html#_claim', 'stf/train.py'),
-                           'stf.train._make_header': ('train.html#_make_header', 'stf/train.py'),
                            'stf.train._typed': ('train.html#_typed', 'stf/train.py'),
                            'stf.train.import_msg3d': ('train.html#import_msg3d', 'stf/train.py'),
                            'stf.train.learning_rate': ('train.html#learning_rate', 'stf/train.py'),

@@ -138,11 +138,9 @@ class Config:
         if losses:
             first = {k: v for k, v in changes.items() if k.startswith(("seed", "stf_"))}
             return cls.preset(base, **first).second_stage(losses).replace(**changes)
-        stream = "bone" if base.endswith("-bone") else "joint"
-        key = base if base in _OTHERS else base.removesuffix(f"-{stream}")
-        values = (BENCHMARKS | _OTHERS)[key]
+        values = _FIRST[base]
         second = {f"stf_{k}": values[k] for k in ("epochs", "milestones") if k in values}
-        return cls(**{"name": base, "stream": stream, **second, **values, **changes})
+        return cls(**{"name": base, **second, **values, **changes})
 
     def second_stage(self, losses: str) -> "Config":
         "The training with focus losses from this run's weights; of an MS-G3D's, an STF network."
@@ -247,13 +245,14 @@ _OTHERS = {
     "ucla-small": dict(**_UCLA, **_SMALL, epochs=30, milestones=(20, 27),
                        stf_epochs=8, stf_milestones=(5, 7)),
 }
+_FIRST = {f"{k}-{s}": {**v, "stream": s} for k, v in BENCHMARKS.items() for s in STREAMS[:2]}
+_FIRST |= {k + s: {**v, "stream": s[1:] or "joint"} for k, v in _OTHERS.items()
+           for s in ("", "-bone")}
 
 
 def presets() -> list:
     "Names of all presets: a baseline for each set and stream, and its two second stages."
-    first = [f"{b}-{s}" for b in BENCHMARKS for s in ("joint", "bone")]
-    first += [f"{o}{s}" for o in _OTHERS for s in ("", "-bone")]
-    return [f"{name}{stage}" for name in first for stage in ("", "-stf-e", "-stf-dcg")]
+    return [f"{name}{stage}" for name in _FIRST for stage in ("", "-stf-e", "-stf-dcg")]
 
 
 def learning_rate(c: Config, epoch: int) -> float:
@@ -264,22 +263,17 @@ def learning_rate(c: Config, epoch: int) -> float:
         return c.lr * (1 + math.cos(math.pi * (epoch - c.warmup) / (c.epochs - c.warmup))) / 2
     return c.lr * 0.1 ** sum(epoch >= m for m in c.milestones)
 
-# %% ../nbs/22_train.ipynb #ee63a6f2
-def _make_header(c: Config, store) -> dict:
-    "A checkpoint's header: what builds the network and its input, and names its outputs."
-    classes, options = list(c.classes or store.classes), batch_options(vars(c))
-    sizes = {k: getattr(c, k) for k in network_class(c.model).hparams if hasattr(c, k)}
-    return {"model": c.model, **sizes, **options, "classes": classes, "num_classes": len(classes),
-            "in_channels": store.batch([0], **options)[0].shape[1],
-            "skeleton": asdict(store.skeleton), "config": asdict(c)}
-
 # %% ../nbs/22_train.ipynb #7fae6193
 class Training:
     "One training: network, objective, optimizer and batches, and in `state` how far it is."
 
     def __init__(self, config: Config, store, accelerator):
         self.config, self.accelerator = c, a = config, accelerator
-        self.header = _make_header(c, store)
+        classes, options = list(c.classes or store.classes), batch_options(vars(c))
+        sizes = {k: getattr(c, k) for k in network_class(c.model).hparams if hasattr(c, k)}
+        self.header = {"model": c.model, **sizes, **options, "num_classes": len(classes),
+                       "classes": classes, "in_channels": store.batch([0], **options)[0].shape[1],
+                       "skeleton": asdict(store.skeleton), "config": asdict(c)}
         self.store = store = store.subset(classes=list(c.classes)) if c.classes else store
         chosen = splits(store, c.protocol, c.fraction, c.stratified, c.validation, c.seed)
         self.train, self.val, self.test = chosen
@@ -293,7 +287,7 @@ class Training:
         optimizer = torch.optim.SGD(self.trained, c.lr, c.momentum, nesterov=c.momentum > 0,
                                     weight_decay=c.weight_decay, foreach=True)
         loss = STFLoss(net, c.loss_weights, **{k: getattr(c, k) for k in _FOCUS})
-        self.input = dict(batch_options(vars(c)), device="cpu", dtype=self.trained[0].dtype)
+        self.input = dict(options, device="cpu", dtype=self.trained[0].dtype)
         parts, seed = a.num_processes * c.accumulate, c.seed + 1_000_003 * c.order
         more = (c.batch_size, parts, seed, c.augment)
         self.batches = Batches(store, self.train, *more, **self.input)
@@ -301,7 +295,7 @@ class Training:
         loader = DataLoader(self.batches, collate_fn=operator.itemgetter(0), **cuda)  # as they are
         self.loss, self.optimizer, self.loader = a.prepare(loss, optimizer, loader)
         self.scores = partial(predict_scores, net, store, progress=False, accelerator=a,  # of clips
-                              batch_size=-(-c.batch_size // c.accumulate), **batch_options(vars(c)))
+                              batch_size=-(-c.batch_size // c.accumulate), **options)
         self.compiled = torch.compile(net.features, dynamic=False) if c.compile else None
         self.began = time.perf_counter()
         self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[],
@@ -430,8 +424,6 @@ class Run:
     def load(cls, folder) -> "Run":
         "Read a finished run. FileNotFoundError if it is not finished."
         folder = Path(folder)
-        if not (folder / "run.json").exists():
-            raise FileNotFoundError(f"no finished run in {folder}")
         scores, config = Scores.load(folder / "scores.npz"), Config.load(folder / "config.json")
         try:
             record = json.loads((folder / "run.json").read_text())
@@ -543,10 +535,9 @@ _PUBLIC_CLASSES = {60: "ntu60", 120: "ntu120", 400: "kinetics400"}  # outputs â†
 
 
 def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) -> Path:
-    """Published MS-G3D weights (.pt) as folder/weights.safetensors, for init and predict.
+    """Published MS-G3D weights (.pt) as folder/weights.safetensors. CheckpointError if unfit.
 
-    Give the stream, or a preset to check against; skeleton (or its name) and classes for other than
-    the public sets. CheckpointError names what doesn't fit.
+    Give the stream, or a preset to check against; for other sets skeleton (or name) and classes.
     """
     def need(held, why):
         if not held:

@@ -1,4 +1,4 @@
-"""Scores: files, matching by name, accuracies against counting, and what predict_scores promises."""
+"""Scores: files, matching by name, accuracies against counting, what predict_scores promises."""
 import numpy as np
 import pytest
 import torch
