@@ -18,11 +18,14 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=find_packages(include=["stf", "stf.*"]),
-    package_data={"stf": ["*.json", "*.txt", "*.mplstyle", "*.npz"]},
+    packages=[*find_packages(include=["stf", "stf.*"]), "stf.weights"],
+    package_dir={"stf.weights": "data/weights"},  # of a checkout: the networks that predict uses
+    package_data={"stf": ["*.json", "*.txt", "*.mplstyle", "*.npz"],
+                  "stf.weights": ["*/*.safetensors"]},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={name.removesuffix("_requirements"): cfg[name].split() for name in cfg if name.endswith("_requirements")},
+    extras_require={name.removesuffix("_requirements"): cfg[name].split()
+                    for name in cfg if name.endswith("_requirements")},
     entry_points={
         "console_scripts": ["stf=stf.cli:main"],
         "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -352,8 +352,10 @@ class Predictor:
 
 # %% ../nbs/40_predict.ipynb #2df1b42d
 def shipped_checkpoints() -> list:
-    "The STF ensemble that comes with a checkout of this project (it knows 20 synthetic actions); empty where the package runs from elsewhere."
-    weights = Path(str(package_files("stf"))).resolve().parent / "data" / "weights"
+    "The STF ensemble that comes with this package (it knows 20 synthetic actions); empty if it is missing."
+    package = Path(str(package_files("stf"))).resolve()
+    folders = (package / "weights", package.parent / "data" / "weights")  # installed; a checkout
+    weights = next(filter(Path.is_dir, folders), package)
     found = [weights / f"synthetic-{row}" for row in ("m4", "le")]
     return [str(f) for f in found] if all((f / "weights.safetensors").is_file() for f in found) else []
 
