@@ -150,7 +150,7 @@ def predictions():
 
 def tables():
     "Table 5 and the intervals, from the records."
-    records = load_records(ROOT / "data" / "results", experiment="ablation", name="ucla-small")
+    records = load_records(ROOT / "data" / "results" / "first", experiment="ablation", name="ucla-small")
     by_contrast = gains(records, CONTRASTS)
     numbers = by_contrast[["seeds", "gain", "std", "low", "high"]].astype(float)
     wide = table5(records).drop(columns=["L_c", "L_d", "L_Gk", "L_e"]).astype(float)
