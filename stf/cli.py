@@ -26,11 +26,11 @@ from .clips import ClipError
 from .dataset import PROTOCOLS, ClipStore, StoreError, open_input, protocol_name, verify_store
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
 from .export import export_command
-from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, table5
+from .experiments import (CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, scarce, scarce_gains,
+                             shift, shift_table, streams, table2, table3, table4, table5)
 from .plot import draw_strip
 from .predict import predict_command
 from .skeleton import SKELETONS, Skeleton
-from .tables import scarce, scarce_gains, shift, shift_table, streams, table2, table3, table4
 from .checkpoints import ConfigError, batch_options, find_checkpoint, load_checkpoint
 from .checkpoints import read_header as read_checkpoint_header
 from .train import Config, Run, import_msg3d, presets, run, run_stf
