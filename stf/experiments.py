@@ -563,7 +563,7 @@ def _draw_foci(config, store, clip):
     joints = x[0, :3].permute(3, 1, 2, 0).numpy()
     for ax, row in zip(axes, ("M1", "M4")):
         net = run(ROWS[row].configs(config, config.seed)[-1], store).network()
-        p, q = net(x).softmax(1)[0], importance_maps(net, x)["focus"][0].numpy()
+        p, q = net(x).detach().softmax(1)[0], importance_maps(net, x)["focus"][0].numpy()
         title = f"{row}: {store.classes[int(p.argmax())]} ({float(p.max()):.0%})"
         draw_strip(joints, store.skeleton, 9, q, ax=ax, title=title, colour_bar="focus")
     fig.suptitle(f"{store.names[clip]}: {store.classes[store.labels[clip]]}", fontsize=10)
