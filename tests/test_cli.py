@@ -1,0 +1,118 @@
+"""The command line: its options, its exit codes, and the tables on any store."""
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from stf import cli
+from stf.checkpoints import load_checkpoint
+from stf.clips import open_clips
+from stf.dataset import ClipStore
+from stf.evaluate import Scores
+from stf.experiments import load_records, record_scores
+from stf.synthetic import SyntheticConfig, write_synthetic
+from stf.train import Config, ConfigError, Run
+from test_experiments import made  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def typed(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["stf", *map(str, words)])
+    assert cli.main() is None
+
+
+@pytest.mark.parametrize("words, message", [
+    ("train ntu60-xsub-join", "did you mean 'ntu60-xsub-joint'"), ("train", "needs a preset"),
+    ("train ucla-small --data nowhere --folder {tmp}/r", "nowhere"),
+    ("evaluate", "at least one source"), ("evaluate {tmp}", "holds no scores"),
+    ("info {tmp}/none", "no checkpoint"), ("prepare {tmp}/none {tmp}/s", "none"),
+    ("train ucla-small --lr -1", "lr must be of type float ≥ 0"),
+    ("train ucla-small --no-such 1", "no-such"), ("trian", "trian"),
+])
+def test_mistakes_end_in_a_line_and_an_exit_code(tmp_path, monkeypatch, capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        typed(monkeypatch, *words.format(tmp=tmp_path).split())
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and message in said.err + said.out and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("error, code", [(FloatingPointError("nan"), 1), (OSError("disk"), 1),
+                                         (KeyboardInterrupt("stopped"), 130)])
+def test_exit_codes(monkeypatch, error, code):
+    monkeypatch.setattr(cli, "run", lambda *a, **k: (_ for _ in ()).throw(error))
+    with pytest.raises(SystemExit) as stop:
+        typed(monkeypatch, "train", "ucla-small")
+    assert stop.value.code == code
+
+
+def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys):
+    seen, run = [], lambda c, **k: seen.append(c) or Run(Path("r"), c, pd.DataFrame(), 50.0, [])
+    monkeypatch.setattr(cli, "run", run)
+    typed(monkeypatch, *"train ucla-small-bone --lr 0.1 --widths 6 12 18 --seed 4 --no-exact "
+                        "--losses e --model stf --augment.rotate 17".split())
+    assert seen[0] == Config.preset("ucla-small-bone", lr=0.1, widths=(6, 12, 18), seed=4,
+                                    exact=False, losses="e", model="stf", augment={"rotate": 17.0})
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, "train", "ucla-small", "--help")
+    said = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in said for f in fields(Config))
+    assert "{frobenius,rms}" in said
+
+
+def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa: F811
+    folder, records = made
+    first, a, b = (folder / f"run-seed0{t}" for t in ("", "-stf-dcg", "-stf-e"))
+    typed(monkeypatch, "evaluate", a, b, "--baseline", first, "--save", tmp_path / "both.npz")
+    said, m5 = capsys.readouterr().out, records[-1]
+    assert f"{m5['top1']:6.2f}" in said and "class by class" in said
+    both = Scores.load(tmp_path / "both.npz").probabilities
+    assert np.allclose(both, record_scores(m5).probabilities, atol=1e-6)
+    config = cli.named_config(str(first))  # `stf train <run's folder>` goes on
+    assert config.run_folder == first
+
+
+@pytest.mark.parametrize("what, part", [
+    ("", "kinetics-bone-stf-e"), ("ntu120-xset-bone", "20, 35, 50"),
+    ("run-seed0", "finished, top-1"), ("run-seed0/checkpoint", '"skeleton": "hand"')])
+def test_info(made, monkeypatch, capsys, what, part):  # noqa: F811
+    typed(monkeypatch, "info", made[0] / what if what.startswith("run") else what)
+    assert part in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_table_on_a_set_given_as_a_folder(tmp_path, monkeypatch, capsys):
+    """As a user would who has a store, a protocol and a preset to take sizes from."""
+    monkeypatch.chdir(tmp_path)
+    for name, actions in (("mine", (23, 24, 26)), ("other", (23, 24, 26, 27))):
+        few = SyntheticConfig(actions=actions, subjects=tuple(range(1, 9)), cameras=(2,))
+        write_synthetic(f"raw-{name}", few, progress=False)
+        ClipStore.build(open_clips(f"raw-{name}"), name, progress=False)
+    sizes = ("--data mine --protocol xsub --length 16 --widths 6 12 12 --gcn-scales 4 "
+             "--g3d-scales 2 --epochs 2 --milestones --stf-epochs 1 --stf-milestones "
+             "--results out --device cpu").split()
+    content = lambda: {p: p.read_bytes() for p in (tmp_path / "out").rglob("*.json")}
+    for words in ("ablation ucla-small --rows M1 CE", "scarce ucla-small --shares 0.5 1",
+                  "shift ucla-small --to other", "table2 ucla-small"):
+        cli.call([*words.split(), *sizes])
+        first = content()
+        cli.call([*words.split(), *sizes])  # all recorded: nothing changes
+        assert content() == first
+    said = capsys.readouterr().out
+    for piece in ("CE", "MS-G3D (ours, ucla-small-mine)", "mine → other xsub", "mine xsub J+B"):
+        assert piece in said
+    records = load_records("out")
+    assert {r["experiment"] for r in records} == {"ablation", "scarce", "shift", "table2"}
+    shifted = [r for r in records if r["experiment"] == "shift"]
+    assert {(r["source"], r["dataset"]) for r in shifted} == {("mine", "other")}
+    assert len(record_scores(shifted[0]).classes) == 4
+    before, after = (load_checkpoint(f"data/runs/ucla-small-mine{t}-seed0")[0].state_dict()
+                     for t in ("", "-to-other"))
+    assert [k for k in before if before[k].shape != after[k].shape
+            or not torch.equal(before[k], after[k])] == ["fc.weight", "fc.bias"]
+    with pytest.raises(ConfigError, match="--to data/"):
+        cli.run_shift(Config.preset("ucla-small"))
