@@ -7,9 +7,10 @@ __all__ = ['COLOURS', 'FOCUS_CMAP', 'SIGNED_CMAP', 'use_style', 'draw_skeleton',
            'draw_links', 'draw_focus', 'draw_focus_volume', 'draw_method', 'draw_class_difference', 'draw_confusion',
            'draw_history', 'animate', 'save_animation']
 
-# %% ../nbs/09_plot.ipynb #0bcea308
+# %% ../nbs/09_plot.ipynb #8419e7d5
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -19,55 +20,30 @@ import pandas as pd
 import seaborn as sns
 from matplotlib import animation
 from matplotlib.collections import LineCollection
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Polygon, Rectangle
-from matplotlib.ticker import MaxNLocator
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from .skeleton import Skeleton, hop_distance
 
-# %% ../nbs/09_plot.ipynb #e5dd3e56
+# %% ../nbs/09_plot.ipynb #06995cba
 COLOURS = {
     "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7",
-    "sky": "#56B4E9", "orange": "#E69F00", "yellow": "#F0E442",
-    "dark": "#4D4D4D", "grey": "#999999", "light": "#D0D0D0",
+    "sky": "#56B4E9", "orange": "#E69F00", "dark": "#4D4D4D", "grey": "#999999", "light": "#D0D0D0",
 }  # fmt: skip
 FOCUS_CMAP = "YlOrRd"  # focus: pale is little, dark red is much
 SIGNED_CMAP = "RdBu_r"  # signed numbers: red adds, blue takes away
 _FOCUS = mpl.colormaps[FOCUS_CMAP].with_extremes(bad=COLOURS["light"])
 _BLUE, _RED = mpl.colormaps[SIGNED_CMAP]([0.15, 0.85])
-_SIDES = ("dark", "green", "purple"), ("grey", "sky", "orange")  # middle, left, right of a body
+_BODIES = ("dark", "green", "purple"), ("grey", "sky", "orange")  # middle, left, right
 
 
 def use_style():
-    "Make this book's style matplotlib's own, for everything drawn from now on in this process."
-    lines = [COLOURS[c] for c in ("blue", "vermillion", "green", "purple", "sky", "orange", "dark")]
-    plt.rcParams.update({
-        "figure.dpi": 100, "savefig.dpi": 200, "font.size": 9, "axes.titlesize": 10,
-        "axes.labelsize": 9, "xtick.labelsize": 8, "ytick.labelsize": 8, "legend.fontsize": 8,
-        "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
-        "axes.prop_cycle": mpl.cycler(color=lines), "animation.html": "jshtml",
-    })  # fmt: skip
+    "Make this book's style (stf/book.mplstyle) matplotlib's own in this process."
+    plt.style.use("stf.book")
 
-# %% ../nbs/09_plot.ipynb #3c84585f
+# %% ../nbs/09_plot.ipynb #9e9e9577
 def _array(x):
-    "x (array, tensor or nested list) as float64 numpy; None stays None."
-    x = x.detach().cpu().float() if hasattr(x, "detach") else x
-    return x if x is None else np.asarray(x, dtype=np.float64)
-
-
-def _bodies(joints, skeleton, visible=None, values=None):
-    "joints (M,T,V,C), drawn (M,T,V) bool, values (M,T,V) or None; ValueError if shapes don't fit."
-    joints, visible, values = _array(joints), _array(visible), _array(values)
-    V, shape = skeleton.num_joints, joints.shape
-    if len(shape) not in (3, 4) or shape[-2] != V or shape[-1] not in (2, 3) or 0 in shape:
-        form = f"bodies × frames × {V} joints ({skeleton.name}) × 2 or 3 coordinates"
-        raise ValueError(f"joints must be {form}; got shape {shape}")
-    for name, x in {"visible": visible, "values": values}.items():
-        if x is not None and x.shape != shape[:-1]:
-            raise ValueError(f"{name} must have a value a joint, {shape[:-1]}; got shape {x.shape}")
-    joints, visible, values = (x if x is None or len(shape) == 4 else x[None]
-                               for x in (joints, visible, values))  # fmt: skip
-    present = joints.any((-2, -1))[..., None] if visible is None else visible > 0
-    return joints, np.isfinite(joints).all(-1) & present, values
+    "x (array, tensor or nested list) as float64 numpy."
+    return np.asarray(x.detach().cpu().float() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
 def _project(joints, skeleton, view):
@@ -82,7 +58,34 @@ def _project(joints, skeleton, view):
     across = joints[..., 0] * np.cos(angle) + joints[..., 2] * np.sin(angle)
     return np.stack([across, joints[..., 1]], -1)
 
-# %% ../nbs/09_plot.ipynb #f20f4ce6
+
+def _bodies(joints, skeleton, visible=None, values=None, view="front"):
+    "points (M,T,V,2), drawn and values (M,T,V), NaN if not given; ValueError if shapes don't fit."
+    joints, V = _array(joints), skeleton.num_joints
+    shape = joints.shape
+    if len(shape) not in (3, 4) or shape[-2] != V or shape[-1] not in (2, 3) or 0 in shape:
+        form = f"bodies × frames × {V} joints ({skeleton.name}) × 2 or 3 coordinates"
+        raise ValueError(f"joints must be {form}; got shape {shape}")
+    present = np.broadcast_to(joints.any((-2, -1))[..., None], shape[:-1])
+    visible = present if visible is None else _array(visible)
+    values = np.full(shape[:-1], np.nan) if values is None else _array(values)
+    if visible.shape != shape[:-1] or values.shape != shape[:-1]:
+        got = f"got {visible.shape} and {values.shape}"
+        raise ValueError(f"visible and values need a value a joint, {shape[:-1]}; {got}")
+    if len(shape) == 3:
+        joints, visible, values = joints[None], visible[None], values[None]
+    T = joints.shape[1]
+    views = np.linspace(*view, T) if isinstance(view, tuple) else [view] * T
+    points = np.stack([_project(joints[:, t], skeleton, v) for t, v in enumerate(views)], 1)
+    return points, np.isfinite(points).all(-1) & (visible > 0), values
+
+
+def _sides(skeleton):
+    "(V,) 0 for the middle, 1 left, 2 right."
+    return np.array([(v in skeleton.left) + 2 * (v in skeleton.right)
+                     for v in range(skeleton.num_joints)])  # fmt: skip
+
+# %% ../nbs/09_plot.ipynb #5b4e1892
 def _scale(values, vmin=None, vmax=None):
     "Colour range: as given, else from 0 to the greatest, or ± the greatest if some are negative."
     reach = np.abs(values[np.isfinite(values)]).max(initial=0) if vmax is None else vmax
@@ -95,6 +98,15 @@ def _colour_bar(axes, norm, label, cmap=FOCUS_CMAP):
     bar = axes[0].figure.colorbar(mpl.cm.ScalarMappable(norm, cmap), ax=axes, label=label,
                                   shrink=0.7, aspect=25, pad=0.02)  # fmt: skip
     bar.outline.set_visible(False)
+
+
+def _finish(ax, box, title, norm=None, colour_bar=None):
+    "Limits, one scale for both axes, no frame, title and colour bar; returns ax."
+    ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal", title=title or "")
+    ax.axis("off")
+    if colour_bar and norm:
+        _colour_bar([ax], norm, colour_bar)
+    return ax
 
 
 def _new_axes(width, height):
@@ -110,16 +122,14 @@ def _corners(points, margin=0.06):
 
 
 def _draw_bodies(ax, skeleton, points, drawn, values, norm, size, zorder=2):
-    "Bones and joints of one frame, as two artists. points (M,V,2), drawn and values (M,V)."
-    side = np.zeros(skeleton.num_joints, int)
-    side[list(skeleton.left)], side[list(skeleton.right)] = 1, 2
-    palette = [mpl.colors.to_rgba_array([COLOURS[c] for c in body])[side] for body in _SIDES]
-    colours = np.stack([palette[m % 2] for m in range(len(drawn))])
+    "One frame as two artists. points (M,V,2), drawn, values (M,V); without norm: side colours."
+    palettes = [mpl.colors.to_rgba_array([COLOURS[c] for c in body]) for body in _BODIES]
+    colours = np.stack([palettes[m % 2][_sides(skeleton)] for m in range(len(drawn))])
     child, parent = np.array(skeleton.bones, int).reshape(-1, 2).T
     body, bone = np.nonzero(drawn[:, child] & drawn[:, parent])
     lines = np.stack([points[body, child[bone]], points[body, parent[bone]]], 1)
     sizes, edge, line_colours = np.full(drawn.shape, size), "white", colours[body, child[bone]]
-    if values is not None:
+    if norm is not None:
         share = np.asarray(norm(values))
         sizes = size * (0.4 + 1.8 * np.clip(np.nan_to_num(share), 0, 1))
         colours, edge, line_colours = _FOCUS(share), COLOURS["dark"], COLOURS["light"]
@@ -128,19 +138,17 @@ def _draw_bodies(ax, skeleton, points, drawn, values, norm, size, zorder=2):
                         linewidths=0.5, zorder=zorder + 1)  # fmt: skip
     return [ax.add_collection(bones, autolim=False), joints]
 
-# %% ../nbs/09_plot.ipynb #fe1101db
+# %% ../nbs/09_plot.ipynb #d73b725c
 def _name_joints(ax, points, names):
-    "Names {joint: name} in a column on each side of a body (V,2), none over another."
-    order = sorted(names, key=lambda v: points[v, 0])
-    (left, low), (right, high) = _corners(points[order], 0.12)
-    line = {"arrowstyle": "-", "color": COLOURS["light"], "lw": 0.6, "shrinkA": 0}
-    half = len(order) // 2
-    for column, edge, ha in ((order[:half], left, "right"), (order[half:], right, "left")):
-        above = np.inf
-        for v in sorted(column, key=lambda v: -points[v, 1]):
-            above = min(points[v, 1], above - (high - low) / 28)
-            ax.annotate(names[v], points[v], (edge, above), fontsize=7, ha=ha, va="center",
-                        arrowprops=line, zorder=1)  # fmt: skip
+    "Names {joint: name} beside a body (V,2), on the nearer side, none over another."
+    (left, low), (right, high) = _corners(points[list(names)], 0.12)
+    middle, above = np.median(points[list(names), 0]), {left: np.inf, right: np.inf}
+    for v in sorted(names, key=lambda v: -points[v, 1]):
+        edge, ha = (left, "right") if points[v, 0] < middle else (right, "left")
+        above[edge] = min(points[v, 1], above[edge] - (high - low) / 28)
+        line = {"arrowstyle": "-", "color": COLOURS["light"], "shrinkA": 0}
+        ax.annotate(names[v], points[v], (edge, above[edge]), fontsize=7, ha=ha, va="center",
+                    arrowprops=line, zorder=1)  # fmt: skip
 
 
 def draw_skeleton(
@@ -151,33 +159,26 @@ def draw_skeleton(
     values=None,  # (V,) or (M,V): colour and size of the joints, e.g. focus; NaN is grey
     view="front",  # "front", "side", "top" or degrees about the vertical axis
     names=False,  # True, or a list of joints to name
-    title: str = None,
-    colour_bar: str = None,  # label of a colour bar for the values; None: no bar
+    title=None, colour_bar=None,  # above the picture; label of a colour bar for the values
     vmin=None, vmax=None,  # values at the ends of the colour map; None: 0 and the greatest
     size: float = 30,  # of a joint, in points²
 ):  # matplotlib Axes  # fmt: skip
     "The bodies of one frame (Fig. 1a). ValueError for shapes that don't fit or an unknown joint."
     names = [skeleton.index(j) for j in (skeleton.joints if names is True else names or ())]
-    visible, values = (None if x is None else _array(x)[..., None, :] for x in (visible, values))
-    joints, drawn, values = _bodies(_array(joints)[..., None, :, :], skeleton, visible, values)
-    points, drawn = _project(joints, skeleton, view)[:, 0], drawn[:, 0]
-    values = None if values is None else values[:, 0]
-    norm = None if values is None else _scale(values[drawn], vmin, vmax)
+    frame = (None if x is None else _array(x)[..., None, :] for x in (visible, values))
+    clip = _bodies(_array(joints)[..., None, :, :], skeleton, *frame, view)  # of one frame
+    norm = None if values is None else _scale(clip[2][clip[1]], vmin, vmax)
+    points, drawn, values = (x[:, 0] for x in clip)
     ax = ax or _new_axes(4, 4.5)
     _draw_bodies(ax, skeleton, points, drawn, values, norm, size)
-    box = _corners(points[drawn])
-    ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal", title=title or "")
-    ax.axis("off")
     for body, seen in zip(points, drawn):
         if chosen := {v: skeleton.joints[v] for v in names if seen[v]}:
             _name_joints(ax, body, chosen)
     if not drawn.any():
         ax.text(0.5, 0.5, "no body in this frame", transform=ax.transAxes, ha="center")
-    if colour_bar and norm:
-        _colour_bar([ax], norm, colour_bar)
-    return ax
+    return _finish(ax, _corners(points[drawn]), title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #1a904fec
+# %% ../nbs/09_plot.ipynb #285e4be6
 def _frames(frames, drawn):
     "Frames to show: so many, evenly spread, or as listed. ValueError if no body is visible."
     if isinstance(frames, (int, np.integer)):
@@ -206,17 +207,16 @@ def draw_strip(
     view="front",  # "front", "side", "top" or degrees about the vertical axis
     follow: bool = True,  # centre each frame on its bodies; False: keep their way across the room
     fps: float = None,  # frames a second: label the frames by their time
-    title: str = None,
-    colour_bar: str = None,  # label of a colour bar for the values; None: no bar
+    title=None, colour_bar=None,  # above the picture; label of a colour bar for the values
     vmin=None, vmax=None,  # values at the ends of the colour map; None: 0 and the clip's greatest
     size: float = 14,  # of a joint, in points²
     gap: float = 0.15,  # between frames, in widths of a frame
 ):  # matplotlib Axes  # fmt: skip
     "Frames of a clip side by side (Fig. 1b laid flat). ValueError if no body is visible in them."
-    joints, drawn, values = _bodies(joints, skeleton, visible, values)
-    norm = None if values is None else _scale(values[drawn], vmin, vmax)
+    points, drawn, q = _bodies(joints, skeleton, visible, values, view)
+    norm = None if values is None else _scale(q[drawn], vmin, vmax)
     frames = _frames(frames, drawn)
-    points, drawn = _project(joints[:, frames], skeleton, view), drawn[:, frames]
+    points, drawn, q = points[:, frames], drawn[:, frames], q[:, frames]
     x, seen = points[..., 0], drawn.any((0, 2))
     left, right = np.where(drawn, x, np.inf).min((0, 2)), np.where(drawn, x, -np.inf).max((0, 2))
     if not follow:
@@ -224,51 +224,56 @@ def draw_strip(
     low, height = points[drawn][:, 1].min(), np.ptp(points[drawn][:, 1])
     step = max((right - left)[seen].max(), 0.25 * height, 1e-6) * (1 + gap)
     centres = step * np.arange(len(frames))
-    x += np.where(seen, centres - (np.where(seen, left, 0) + np.where(seen, right, 0)) / 2, 0)[:, None]
+    left[~seen] = right[~seen] = 0
+    x += (centres - (left + right) / 2)[:, None]
     edges = (-step / 2, centres[-1] + step / 2)
     ax = ax or _new_axes(9, np.clip(9 * height / np.ptp(edges) + 0.5, 1.2, 9))
-    for f, t in enumerate(frames):
-        value = None if values is None else values[:, t]
-        _draw_bodies(ax, skeleton, points[:, f], drawn[:, f], value, norm, size)
+    for f in range(len(frames)):
+        _draw_bodies(ax, skeleton, points[:, f], drawn[:, f], q[:, f], norm, size)
     _label_frames(ax, [(centre, low) for centre in centres], frames, fps)
     ax.hlines(low - 0.02 * height, *edges, color=COLOURS["grey"], lw=0.8, zorder=1)
     if drawn.any(2).sum(0).max() > 1:  # several bodies: lines between the frames
         ax.vlines(centres[1:] - step / 2, low, low + height, color=COLOURS["light"], lw=0.8)
-    ylim = (low - 0.03 * height, low + 1.05 * height + 1e-6)
-    ax.set(xlim=edges, ylim=ylim, aspect="equal", title=title or "")
-    ax.axis("off")
-    if colour_bar and norm:
-        _colour_bar([ax], norm, colour_bar)
-    return ax
+    box = np.array([edges, (low - 0.03 * height, low + 1.05 * height + 1e-6)]).T
+    return _finish(ax, box, title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #cc348408
+# %% ../nbs/09_plot.ipynb #327063ee
 def limb_groups(
     skeleton: Skeleton,  # any body
 ) -> list:  # of lists of joint indices
     "Joints by limb: the middle ones, then each connected group of left or right joints."
-    A, side = skeleton.adjacency(), np.zeros(skeleton.num_joints, int)
-    side[list(skeleton.left)], side[list(skeleton.right)] = 1, 2
+    A, side = skeleton.adjacency(), _sides(skeleton)
     together = np.isfinite(hop_distance(A * (side[:, None] == side)))
     hops = hop_distance(A)[skeleton.centre]
-    groups = [np.flatnonzero(side == 0), *sorted({tuple(np.flatnonzero(r)) for r in together[side > 0]})]
+    limbs = sorted({tuple(np.flatnonzero(row)) for row in together[side > 0]})
+    groups = [np.flatnonzero(side == 0), *limbs]
     return [sorted(map(int, g), key=lambda v: (hops[v], v)) for g in groups if len(g)]
 
-# %% ../nbs/09_plot.ipynb #8a7b99f0
+# %% ../nbs/09_plot.ipynb #8144b0ef
 def _name_axis(ax, skeleton, bodies=(1,), columns=False):
     "Joint names along a heat map, limb by limb and body by body, lines between; their order."
     groups = limb_groups(skeleton) * len(bodies)
     order = [v for group in groups for v in group]
     numbers = np.repeat(bodies, skeleton.num_joints)
     names = [skeleton.joints[v] + f" ({m})" * (len(bodies) > 1) for v, m in zip(order, numbers)]
-    box = ax.get_window_extent()
-    font = 60 * (box.width if columns else box.height) / ax.figure.dpi / len(names)
     axis, line = (ax.xaxis, ax.axvline) if columns else (ax.yaxis, ax.axhline)
-    axis.set_ticks(range(len(names)), names, fontsize=np.clip(font, 4.5, 8))
+    axis.set_ticks(range(len(names)), names, fontsize=6)
     axis.set_tick_params(length=0, pad=2, labelrotation=90 if columns else 0)
     for edge in np.cumsum([len(g) for g in groups])[:-1]:
         between = "light" if edge % skeleton.num_joints else "dark"
         line(edge - 0.5, color=COLOURS[between], linewidth=0.8)
     return order[: skeleton.num_joints]
+
+
+def _heat_map(ax, x, cmap, norm, title, colour_bar, **options):
+    "An image with grey for what is unknown, its title and colour bar; returns ax."
+    cmap = mpl.colormaps[cmap].with_extremes(bad=COLOURS["light"])
+    ax.imshow(x, cmap, norm, interpolation="nearest", **options)
+    ax.set_title(title or "")
+    ax.spines[:].set_visible(False)
+    if colour_bar is not None:
+        _colour_bar([ax], norm, colour_bar, cmap)
+    return ax
 
 
 def _each(draw, arrays, skeleton, width, height, vmin, vmax, colour_bar):
@@ -290,8 +295,7 @@ def draw_adjacency(
     A,  # (V,V), e.g. A_k or G_k; or {title: matrix}
     skeleton: Skeleton,  # its layout
     ax=None,  # axes to draw in; None: a new figure
-    title: str = None,
-    colour_bar: str = "",  # its label; None: no bar
+    title=None, colour_bar="",  # above the picture; label of the colour bar, None: no bar
     vmin=None, vmax=None,  # values at the ends of the colour map; None: from the matrices
 ):  # matplotlib Axes; a list of them for a dictionary  # fmt: skip
     "Heat map of adjacency matrices with joint names (Fig. 1c). ValueError if one is not (V,V)."
@@ -301,17 +305,13 @@ def draw_adjacency(
     if A.shape != (V, V):
         raise ValueError(f"matrix must be ({V},{V}) for {skeleton.name}; got shape {A.shape}")
     norm = _scale(A, vmin, vmax)
-    cmap = mpl.colormaps[SIGNED_CMAP if norm.vmin < 0 else "Reds"]
     ax = ax or _new_axes(1.8 + 0.15 * V, 1.4 + 0.15 * V)
     order = _name_axis(ax, skeleton)
     _name_axis(ax, skeleton, columns=True)
-    ax.imshow(A[np.ix_(order, order)], cmap.with_extremes(bad=COLOURS["light"]), norm)
-    ax.set_title(title or "")
-    if colour_bar is not None:
-        _colour_bar([ax], norm, colour_bar, cmap)
-    return ax
+    cmap = SIGNED_CMAP if norm.vmin < 0 else "Reds"
+    return _heat_map(ax, A[np.ix_(order, order)], cmap, norm, title, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #fd17d667
+# %% ../nbs/09_plot.ipynb #d74e2c92
 def draw_links(
     joints,  # (V,C) one body
     A,  # (V,V) strengths
@@ -319,40 +319,35 @@ def draw_links(
     ax=None,  # axes to draw in; None: a new figure
     top: int = 40,  # draw only so many of the strongest links
     vmax: float = None,  # strength of the thickest line; None: the greatest here
-    values=None,  # (V,): colour and size of the joints, e.g. focus; None: grey
-    view="front",  # "front", "side", "top" or degrees about the vertical axis
-    **options,  # of draw_skeleton
+    **options,  # of draw_skeleton; joints without values are grey
 ):  # matplotlib Axes
     "The strongest links of an adjacency, made symmetric, over a body (Fig. 1c). No self-links."
     A, V = _array(A), skeleton.num_joints
     if A.shape != (V, V):
         raise ValueError(f"A must be ({V},{V}) for {skeleton.name}; got shape {A.shape}")
-    values = np.full(V, np.nan) if values is None else values
-    ax = draw_skeleton(joints, skeleton, ax, values=values, view=view, **{"size": 14, **options})
-    joints, drawn, _ = _bodies(_array(joints)[None], skeleton)
-    points, bones = _project(joints, skeleton, view)[0, 0], skeleton.adjacency()
+    options = {"size": 14, "values": np.full(V, np.nan), "view": "front", **options}
+    ax = draw_skeleton(joints, skeleton, ax, **options)
+    points, drawn, _ = _bodies(_array(joints)[None], skeleton, view=options["view"])
+    points, bones = points[0, 0], skeleton.adjacency()
     links = np.triu(np.nan_to_num(A + A.T) / 2 * np.outer(drawn, drawn), 1)
     vmax = vmax or max(np.abs(links).max(), 1e-12)
-    for link in np.argsort(-np.abs(links), axis=None, kind="stable")[:top]:
-        i, j = divmod(link, V)
-        if links[i, j] == 0:
-            break
-        share = min(abs(links[i, j]) / vmax, 1)
-        bend = 0 if bones[i, j] else 0.2  # far links pass beside the bones
-        ax.add_patch(FancyArrowPatch(
-            points[i], points[j], arrowstyle="-", connectionstyle=f"arc3,rad={bend}", shrinkA=0,
-            shrinkB=0, color=_RED if links[i, j] > 0 else _BLUE, alpha=min(0.2 + share, 1),
-            linewidth=2.5 * share, zorder=2.5))  # fmt: skip
+    strongest = np.argsort(-np.abs(links), axis=None, kind="stable")[:top]
+    for i, j in zip(*np.unravel_index(strongest, links.shape)):
+        share, bend = min(abs(links[i, j]) / vmax, 1), 0 if bones[i, j] else 0.2
+        if share > 0:
+            ax.add_patch(FancyArrowPatch(
+                points[i], points[j], arrowstyle="-", connectionstyle=f"arc3,rad={bend}",
+                shrinkA=0, shrinkB=0, color=_RED if links[i, j] > 0 else _BLUE, zorder=2.5,
+                alpha=min(0.2 + share, 1), linewidth=2.5 * share))  # fmt: skip
     return ax
 
-# %% ../nbs/09_plot.ipynb #f2ff1b60
+# %% ../nbs/09_plot.ipynb #c7e75747
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, β, or any value for each frame and joint; or {title: map}
     skeleton: Skeleton,  # its layout
     ax=None,  # axes to draw in; None: a new figure
     fps: float = None,  # frames a second of Q: time on the axis instead of frames
-    title: str = None,
-    colour_bar: str = "focus",  # its label; None: no bar
+    title=None, colour_bar="focus",  # above the picture; label of the colour bar, None: no bar
     vmin=None, vmax=None,  # values at the ends of the colour map; None: 0 and the greatest
 ):  # matplotlib Axes; a list of them for a dictionary  # fmt: skip
     "Map of joints × frames (Fig. 1d), body under body. ValueError if it doesn't fit the skeleton."
@@ -368,14 +363,11 @@ def draw_focus(
     ax = ax or _new_axes(6.5, 0.8 + 0.11 * V * len(present))
     order, norm = _name_axis(ax, skeleton, present + 1), _scale(Q, vmin, vmax)
     rows = np.concatenate([Q[m].T[order] for m in present])
+    ax.set_xlabel("time (s)" if fps else "frame")
     extent = (0, Q.shape[1] / (fps or 1), len(rows) - 0.5, -0.5)
-    ax.imshow(rows, _FOCUS, norm, aspect="auto", interpolation="nearest", extent=extent)
-    ax.set(title=title or "", xlabel="time (s)" if fps else "frame")
-    if colour_bar is not None:
-        _colour_bar([ax], norm, colour_bar)
-    return ax
+    return _heat_map(ax, rows, FOCUS_CMAP, norm, title, colour_bar, aspect="auto", extent=extent)
 
-# %% ../nbs/09_plot.ipynb #420855cd
+# %% ../nbs/09_plot.ipynb #ff288d20
 def draw_focus_volume(
     joints,  # (T,V,C) or (M,T,V,C)
     Q,  # (T,V) or (M,T,V) focus
@@ -385,12 +377,11 @@ def draw_focus_volume(
     visible=None,  # (T,V) or (M,T,V): joints at 0 are left out
     view="front",  # how each skeleton is seen, as in draw_strip
     fps: float = None,  # frames a second: label the frames by their time
-    title: str = None,
-    colour_bar: str = "focus",  # its label; None: no bar
-):  # matplotlib Axes
+    title=None, colour_bar="focus",  # above the picture; label of the colour bar, None: no bar
+):  # matplotlib Axes  # fmt: skip
     "Spatio-temporal focus volume (Fig. 1b). ValueError as in draw_strip."
-    joints, drawn, Q = _bodies(joints, skeleton, visible, Q)
-    points, frames, norm = _project(joints, skeleton, view), _frames(frames, drawn), _scale(Q[drawn])
+    points, drawn, Q = _bodies(joints, skeleton, visible, Q, view)
+    frames, norm = _frames(frames, drawn), _scale(Q[drawn])
     (left, low), (right, high) = _corners(points[drawn])
     step = max(0.55 * (right - left), 0.3 * (high - low)) * (len(frames) - 1)
     time = np.arange(points.shape[1]) * step / max(points.shape[1] - 1, 1)
@@ -404,22 +395,17 @@ def draw_focus_volume(
     box = _corners(panes.reshape(-1, 2), 0.01)
     ax = ax or _new_axes(9, np.clip(9 * np.divide(*np.ptp(box, axis=0)[::-1]) + 0.5, 1.5, 9))
     _label_frames(ax, panes[:, 0], frames, fps)
-    for i, (t, end) in enumerate(zip(frames, [*frames[1:], frames[-1]])):
-        ax.add_patch(Polygon(panes[i], fc=(1, 1, 1, 0.4), ec=COLOURS["light"], zorder=10 * i))
+    for i, t in enumerate(frames):
+        ax.add_patch(plt.Polygon(panes[i], fc=(1, 1, 1, 0.4), ec=COLOURS["light"], zorder=10 * i))
         _draw_bodies(ax, skeleton, page[:, t], drawn[:, t], Q[:, t], norm, 16, 10 * i + 1)
-        for s in range(t, end):  # traces of the joints up to the next frame
-            share = np.clip(np.nan_to_num(norm(Q[:, s : s + 2].mean(1)).data), 0, 1)
-            shown = drawn[:, s] & drawn[:, s + 1] & (share > 0.05)
-            ways, looks = np.stack([page[:, s][shown], page[:, s + 1][shown]], 1), share[shown]
-            ax.add_collection(LineCollection(ways, colors=_FOCUS(looks), alpha=0.2 + 0.6 * looks,
-                                             linewidths=1.6, zorder=10 * i + 3))  # fmt: skip
-    ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal", title=title or "")
-    ax.axis("off")
-    if colour_bar:
-        _colour_bar([ax], norm, colour_bar)
-    return ax
+    share = np.clip(np.nan_to_num(norm((Q[:, 1:] + Q[:, :-1]) / 2).data), 0, 1)
+    shown = drawn[:, 1:] & drawn[:, :-1] & (share > 0.05)  # traces between the frames
+    traces, colours = np.stack([page[:, :-1][shown], page[:, 1:][shown]], 1), _FOCUS(share[shown])
+    colours[:, 3] = 0.1 + 0.6 * share[shown]
+    ax.add_collection(LineCollection(traces, colors=colours, zorder=10 * len(frames)))
+    return _finish(ax, box, title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #841ebb0b
+# %% ../nbs/09_plot.ipynb #4186eb39
 def draw_method(
     ax=None,  # axes to draw in; None: a new figure
 ):  # matplotlib Axes
@@ -427,43 +413,34 @@ def draw_method(
     net, stf, focus, loss, train = "#E3EEF8", "#FDEFC3", "#FBCFAF", "#D9F0E3", "#EFEFEF"
     boxes = [  # x and y of the centre, width, height, colour, text
         (0.7, 5.6, 1.1, 0.8, net, "clip $\\mathcal{X}$\n$C×T×V$"),
-        (2.5, 5.6, 1.4, 1, net, "STF block 1\nsgcn: module 1\ngcn3d: module 2\nsum, tcn"),
-        (4.3, 5.6, 1.4, 1, net, "STF block 2\nsgcn: module 3\ngcn3d: module 4\nsum, tcn"),
-        (6.1, 5.6, 1.4, 1, net, "STF block 3\nsgcn: module 5\ngcn3d: module 6\nsum, tcn"),
+        (2.5, 5.6, 1.4, 1, net, "block 1\nsgcn: module 1\ngcn3d: module 2\nsum, tcn"),
+        (4.3, 5.6, 1.4, 1, net, "block 2\nsgcn: module 3\ngcn3d: module 4\nsum, tcn"),
+        (6.1, 5.6, 1.4, 1, net, "block 3\nsgcn: module 5\ngcn3d: module 6\nsum, tcn"),
         (7.75, 5.6, 0.9, 0.8, net, "pool, fc,\nsoftmax"),
         (9.25, 5.6, 1.3, 0.8, net, "probabilities\nof the classes"),
-        (0.7, 4.05, 0.7, 0.6, net, "$X^l$"),
-        (2.1, 4.05, 1.2, 0.6, stf, "β\n3 convolutions"),
-        (4.6, 4.05, 1.2, 0.6, stf, "α\n2 convolutions"),
-        (6.9, 4.05, 2, 0.6, net, "$\\sum_k W_k X^l (A_k + G_k)$"),
-        (8.95, 4.05, 0.7, 0.6, net, "$X^{l+1}$"),
-        (6.45, 2.8, 6.9, 0.5, focus, "focus $Q$ (joints × frames, 0 to 1) by Grad-CAM: gradient of "
-         "a class probability\nat the last features (Eq. 2)"),
-        (1.6, 1.7, 2.1, 0.8, loss, "$L_{G_k} = \\Vert Q - β(X^l)\\Vert_2$\nβ follows the focus"),
-        (4.1, 1.7, 2.3, 0.8, loss, "$L_d = -\\Vert Q_{y_i} - Q_{y_j}\\Vert_2$  (4)\n"
-         "the two likeliest classes:\ndifferent foci"),
-        (6.5, 1.7, 2.1, 0.8, loss, "$L_c = \\Vert Q_5 - Q_6\\Vert_2$  (5)\nmodules 5 and 6:\n"
-         "the same focus"),
-        (8.85, 1.7, 2.1, 0.8, loss, "$L_e = g_y(\\mathcal{X} - Q ⊙ \\mathcal{X})$  (3)\n"
-         "focus hidden: the network\nloses the class $y$"),
+        (0.7, 4.1, 0.7, 0.6, net, "$X^l$"),
+        (2.1, 4.1, 1.2, 0.6, stf, "β\n3 convolutions"),
+        (4.6, 4.1, 1.2, 0.6, stf, "α\n2 convolutions"),
+        (6.9, 4.1, 2, 0.6, net, "$\\sum_k W_k X^l (A_k + G_k)$"),
+        (8.95, 4.1, 0.7, 0.6, net, "$X^{l+1}$"),
+        (6.45, 2.8, 6.9, 0.5, focus, "focus $Q$: Grad-CAM of a class at the last features (2)"),
+        (1.6, 1.7, 2.1, 0.8, loss, "$L_{G_k} = ‖Q - β(X^l)‖_2$\nβ follows the focus"),
+        (4.1, 1.7, 2.3, 0.8, loss, "$L_d = -‖Q_{y_i} - Q_{y_j}‖_2$ (4)\ntop two: different foci"),
+        (6.5, 1.7, 2.1, 0.8, loss, "$L_c = ‖Q_5 - Q_6‖_2$ (5)\nmodules 5, 6: the same focus"),
+        (8.85, 1.7, 2.1, 0.8, loss, "$L_e = g_y(X - Q ⊙ X)$ (3)\nfocus hidden: class lost"),
         (1.1, 0.45, 1.9, 0.7, train, "M1: MS-G3D, $L_{ce}$;\nboth trainings start here"),
-        (4.1, 0.45, 3, 0.7, train, "first training, M4 (Eq. 6)\n"
-         "$L_{ce} + λ_d L_d + λ_c L_c + λ_{G_k} L_{G_k}$"),
+        (4.1, 0.45, 3, 0.7, train, "M4 (6)\n$L_{ce} + λ_d L_d + λ_c L_c + λ_{G_k} L_{G_k}$"),
         (6.75, 0.45, 1.5, 0.7, train, "M5: average of the\nprobabilities"),
-        (8.85, 0.45, 1.7, 0.7, train, "second training\n$L_{ce} + λ_e L_e$"),
+        (8.85, 0.45, 1.7, 0.7, train, "the $L_e$ network (6)\n$L_{ce} + λ_e L_e$"),
     ]  # fmt: skip
     arrows = [  # x0, y0, x1, y1
         *((a, 5.6, b, 5.6) for a, b in ((1.25, 1.8), (3.2, 3.6), (5, 5.4), (6.8, 7.3), (8.2, 8.6))),
-        *((a, 4.05, b, 4.05) for a, b in ((1.05, 1.5), (2.7, 4), (5.2, 5.9), (7.9, 8.6))),
-        (1.6, 3.75, 1.6, 2.1), (3.2, 2.55, 2.4, 2.1), *((x, 2.55, x, 2.1) for x in (4.1, 6.5, 8.85)),
+        *((a, 4.1, b, 4.1) for a, b in ((1.05, 1.5), (2.7, 4), (5.2, 5.9), (7.9, 8.6))),
+        (1.6, 3.8, 1.6, 2.1), (3.2, 2.55, 2.4, 2.1), *((x, 2.55, x, 2.1) for x in (4.1, 6.5, 8.85)),
         (2.2, 1.3, 3, 0.8), (4.1, 1.3, 4.1, 0.8), (6.2, 1.3, 5.2, 0.8), (8.85, 1.3, 8.85, 0.8),
-        (2.05, 0.45, 2.6, 0.45), (5.6, 0.45, 6, 0.45), (8, 0.45, 7.5, 0.45), (9.75, 5.2, 9.75, 3.05),
+        (2.05, 0.45, 2.6, 0.45), (5.6, 0.45, 6, 0.45), (8, 0.45, 7.5, 0.45), (9.7, 5.2, 9.7, 3.05),
     ]  # fmt: skip
-    words = [(3.35, 4.12, "map $T×V$\nin 0 … 1"), (5.55, 4.12, "$G_k$"), (5.5, 4.52, "$X^l$"),
-             (1.6, 4.5, "one STF module in its pathway (Eq. 1)")]  # fmt: skip
     ax = ax or _new_axes(10, 6.2)
-    ax.set(xlim=(0, 10), ylim=(0, 6.2))
-    ax.axis("off")
     for x, y, w, h, colour, text in boxes:
         ax.add_patch(FancyBboxPatch((x - w / 2, y - h / 2), w, h, "round,pad=0,rounding_size=0.08",
                                     fc=colour, ec=COLOURS["grey"]))  # fmt: skip
@@ -471,37 +448,34 @@ def draw_method(
     line = {"arrowstyle": "-|>", "color": COLOURS["dark"], "shrinkA": 0, "shrinkB": 0}
     for *start, x, y in arrows:
         ax.annotate("", (x, y), start, arrowprops=line)
-    ax.annotate("", (6, 4.35), (0.9, 4.35), arrowprops=line | {"connectionstyle": "arc3,rad=-0.1"})
-    for x, y, text in words:
+    ax.annotate("", (6, 4.4), (0.9, 4.4), arrowprops=line | {"connectionstyle": "arc3,rad=-0.08"})
+    for x, y, text in ((3.35, 4.15, "map $T×V$\nin 0 … 1"), (5.55, 4.15, "$G_k$"),
+                       (8, 3.55, "one STF module in its pathway (1)")):  # fmt: skip
         ax.text(x, y, text, ha="center", fontsize=8)
-    ax.add_patch(Rectangle((0.1, 3.45), 9.4, 1.35, fill=False, ec=COLOURS["grey"], ls="--"))
-    return ax
+    ax.add_patch(plt.Rectangle((0.1, 3.45), 9.4, 1.4, fill=False, ec=COLOURS["grey"], ls="--"))
+    return _finish(ax, np.array([(0, 0), (10, 6.2)]), "")
 
-# %% ../nbs/09_plot.ipynb #6d4d5768
+# %% ../nbs/09_plot.ipynb #1e64697b
 def draw_class_difference(
     difference,  # Series, dict, or DataFrame with a column "difference": points by class name
     ax=None,  # axes to draw in; None: a new figure
-    top: int = None,  # only so many of the greatest and of the least; None: all
     title: str = None,
 ):  # matplotlib Axes
     "Sorted bars of class-wise accuracy differences (Fig. 3)."
     if isinstance(difference, pd.DataFrame):
         difference = difference["difference"]
     bars = pd.Series(difference, dtype=float).dropna().sort_values(ascending=False, kind="stable")
-    if top is not None and 2 * top < len(bars):
-        bars = pd.concat([bars[:top], bars[-top:]])
     ax = ax or _new_axes(6.5, 0.9 + (0.19 if len(bars) <= 40 else 0.14) * len(bars))
     sns.barplot(x=bars.to_numpy(), y=bars.index.map(str), hue=bars.to_numpy() >= 0, width=0.75,
                 palette={True: _RED, False: _BLUE}, legend=False, ax=ax)  # fmt: skip
     for container in ax.containers:
         ax.bar_label(container, fmt="%+.1f", fontsize=6.5, padding=2)
-    ax.axvline(0, color=COLOURS["dark"], linewidth=0.8)
     ax.margins(x=0.12)
     ax.set(xlabel="accuracy difference (percentage points)", ylabel="", title=title or "")
     ax.tick_params("y", length=0, labelsize=7)
     return ax
 
-# %% ../nbs/09_plot.ipynb #f7ba7678
+# %% ../nbs/09_plot.ipynb #349b5dc2
 def draw_confusion(
     matrix: pd.DataFrame,  # (K,K): rows true, columns predicted classes; clips in the cells
     classes=None,  # only these classes, in this order
@@ -513,17 +487,16 @@ def draw_confusion(
         raise ValueError("rows and columns must name the same classes in the same order")
     shares = 100 * matrix.div(matrix.sum(axis=1).replace(0, np.nan), axis=0)
     shares = shares if classes is None else shares.loc[classes, classes]
-    K = len(shares)
-    cells = np.vectorize(lambda v: f"{v:.0f}" if v >= 0.5 else "")(shares) if K <= 20 else None
-    ax = ax or _new_axes(*((2.6 + 0.24 * K, 1.8 + 0.24 * K) if K <= 30 else (9, 8)))
-    sns.heatmap(shares, vmin=0, vmax=100, cmap="Greens", annot=cells, fmt="", square=True, ax=ax,
-                annot_kws={"size": 6}, xticklabels=1, yticklabels=1,
-                cbar_kws={"label": "per cent of the true class", "shrink": 0.7})  # fmt: skip
+    cells = np.vectorize(lambda v: f"{v:.0f}" if v >= 0.5 else "")(shares.fillna(0))
+    ax = ax or _new_axes(2.6 + 0.22 * len(shares), 1.8 + 0.22 * len(shares))
+    sns.heatmap(shares, vmin=0, vmax=100, cmap="Greens", square=True, ax=ax, fmt="",
+                annot=cells if len(shares) <= 20 else None, annot_kws={"size": 6}, xticklabels=1,
+                yticklabels=1, cbar_kws={"label": "per cent of the true class", "shrink": 0.7})
     ax.set(facecolor=COLOURS["light"], xlabel="predicted", ylabel="true", title=title or "")
-    ax.tick_params(length=0, pad=2, labelsize=7 if K <= 30 else 5)
+    ax.tick_params(length=0, pad=2, labelsize=7)
     return ax
 
-# %% ../nbs/09_plot.ipynb #ab7b5ea1
+# %% ../nbs/09_plot.ipynb #993784bf
 _CURVES = {  # column: panel
     "loss": "total loss", "ce": "cross-entropy", "e": "exploration $L_e$",
     "d": "divergence $L_d$", "c": "coherence $L_c$", "g": "adjacency $L_{G_k}$",
@@ -532,33 +505,32 @@ _CURVES = {  # column: panel
 
 
 def draw_history(
-    history,  # DataFrame with a row an epoch (column epoch, or the index), or {run name: DataFrame}
+    history,  # DataFrame with a row an epoch, or {run name: DataFrame}
     title: str = None,
 ):  # matplotlib Figure
     "Training curves, a panel for each of the columns loss, ce, e, d, c, g, …_top1, lr that exist."
     runs = history if isinstance(history, dict) else {"": history}
-    table = pd.concat(runs, names=["run", "row"]).reset_index()
-    table = table if "epoch" in table else table.rename(columns={"row": "epoch"})
+    runs = {k: run if "epoch" in run else run.assign(epoch=run.index) for k, run in runs.items()}
+    table = pd.concat(runs, names=["run", None]).reset_index("run")
     table = table.melt(["run", "epoch"], [c for c in _CURVES if c in table], "curve").dropna()
     if table.empty:
         raise ValueError(f"history has none of the columns {', '.join(_CURVES)}")
     splits = {"val_top1": "validation", "test_top1": "test"}  # losses are of training clips
-    table["clips"] = table["curve"].map(splits).fillna("training")
-    table["panel"] = table["curve"].map(_CURVES)
+    splits = table["curve"].map(splits).fillna("training")
+    table = table.assign(panel=table["curve"].map(_CURVES), clips=splits)
     several = lambda column: column if table[column].nunique() > 1 else None
     grid = sns.relplot(table, x="epoch", y="value", col="panel", hue=several("run"),
                        style=several("clips"), col_wrap=min(4, table["panel"].nunique()),
-                       kind="line", marker=".", errorbar=None, height=2, aspect=1.05,
+                       kind="line", errorbar=None, height=2, aspect=1.05,
+                       marker="." if table["epoch"].nunique() == 1 else None,
                        facet_kws={"sharey": False})  # fmt: skip
     grid.set_titles("{col_name}").set_ylabels("")
-    for panel, ax in grid.axes_dict.items():
-        ax.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        if panel == "learning rate" and table["value"][table["panel"] == panel].min() > 0:
-            ax.set_yscale("log")
+    for ax in grid.axes.flat:
+        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(4, integer=True))
     grid.figure.suptitle(title or "", y=1.03, fontsize=10)
     return grid.figure
 
-# %% ../nbs/09_plot.ipynb #3975344b
+# %% ../nbs/09_plot.ipynb #8f3feaa2
 def animate(
     joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
     skeleton: Skeleton,  # its layout; or a list, one for each clip
@@ -574,26 +546,19 @@ def animate(
     height: float = 3.0,  # of the picture, in inches
 ):  # matplotlib FuncAnimation, which a notebook shows as a player  # fmt: skip
     "Moving skeletons, side by side if several; focus glows on the joints as `values`."
-    many = isinstance(joints, list)
-    each = lambda x: x if many and isinstance(x, list) else [x] * (len(joints) if many else 1)
-    clips, given = [], map(each, (joints, skeleton, values, visible, view, titles))
-    for x, body, q, seen, turn, title in zip(*given, strict=True):
-        x, drawn, q = _bodies(x, body, seen, q)
-        angles = np.linspace(*turn, x.shape[1]) if isinstance(turn, tuple) else [turn] * x.shape[1]
-        points = np.stack([_project(x[:, t], body, a) for t, a in enumerate(angles)], 1)
-        points[~drawn] = np.nan
-        clips.append((body, points, drawn, q, title))
-    known = [q[drawn] for _, _, drawn, q, _ in clips if q is not None]
-    norm = _scale(np.concatenate(known), vmin, vmax) if known else None
-    boxes = [_corners(points[drawn]) for _, points, drawn, _, _ in clips]
+    n = len(joints) if isinstance(joints, list) else 1
+    each = lambda x: x if isinstance(x, list) and isinstance(joints, list) else [x] * n
+    given = zip(*map(each, (joints, skeleton, visible, values, view)), strict=True)
+    clips = [_bodies(*one) for one in given]
+    known = np.concatenate([q[drawn] for _, drawn, q in clips])
+    norm = _scale(known, vmin, vmax) if np.isfinite(known).any() else None
+    boxes = [_corners(points[drawn]) for points, drawn, _ in clips]
     shapes = [np.clip(np.divide(*np.ptp(box, axis=0)), 0.4, 4) for box in boxes]
     width = height * sum(shapes) + 0.9 * bool(colour_bar)
     fig = mpl.figure.Figure(figsize=(width, height + 0.3), layout="constrained")
-    axes = list(fig.subplots(1, len(clips), squeeze=False, width_ratios=shapes)[0])
-    for ax, box, (*_, title) in zip(axes, boxes, clips):
-        ax.set(xlim=box[:, 0], ylim=box[:, 1], aspect="equal", title=title or "")
-        ax.hlines(box[0, 1], *box[:, 0], color=COLOURS["light"], linewidth=1)
-        ax.axis("off")
+    axes = list(fig.subplots(1, n, squeeze=False, width_ratios=shapes)[0])
+    for ax, box, title in zip(axes, boxes, each(titles), strict=True):
+        _finish(ax, box, title).hlines(box[0, 1], *box[:, 0], color=COLOURS["light"], linewidth=1)
     if colour_bar and norm:
         _colour_bar(axes, norm, colour_bar)
     clock, artists = fig.supxlabel("0.00 s", fontsize=8), []
@@ -604,16 +569,16 @@ def animate(
         clock.set_text(f"{frame / fps:.2f} s")
         while artists:
             artists.pop().remove()
-        for ax, (body, points, drawn, q, _) in zip(axes, clips):
+        for ax, body, (points, drawn, q) in zip(axes, each(skeleton), clips):
             t = min(frame, points.shape[1] - 1)  # a clip that has ended stays at its last frame
-            q = None if q is None else q[:, t]
-            artists.extend(_draw_bodies(ax, body, points[:, t], drawn[:, t], q, norm, 22))
+            scale = norm if np.isfinite(q).any() else None  # None: colours of the sides
+            artists.extend(_draw_bodies(ax, body, points[:, t], drawn[:, t], q[:, t], scale, 22))
+            recent = np.where(drawn[..., None], points, np.nan)[:, max(t - 15, 0) : t + 1]
             for v in map(body.index, [trail] if isinstance(trail, str) else trail):
-                recent = points[:, max(t - 15, 0) : t + 1, v]
-                artists.extend(ax.plot(*recent.T, color=COLOURS["sky"], zorder=1))
+                artists.extend(ax.plot(*recent[:, :, v].T, color=COLOURS["sky"], zorder=1))
 
     show(0)
-    frames = range(0, max(points.shape[1] for _, points, *_ in clips), step)
+    frames = range(0, max(points.shape[1] for points, *_ in clips), step)
     return animation.FuncAnimation(fig, show, frames, lambda: None, interval=1000 * step / fps,
                                    cache_frame_data=False)  # fmt: skip
 
@@ -625,19 +590,15 @@ def save_animation(
 ) -> Path:  # where it was written
     "Write an animation; the file appears only when complete. ValueError for another ending."
     path = Path(path)
-    writer = {".gif": "pillow", ".html": "html", ".mp4": "ffmpeg"}.get(path.suffix.lower())
-    if writer is None:
+    page = partial(animation.HTMLWriter, embed_frames=True, embed_limit=1000)  # MB
+    writers = {".gif": animation.PillowWriter, ".html": page, ".mp4": animation.FFMpegWriter}
+    ending, interval = path.suffix.lower(), anim.event_source.interval
+    if ending not in writers:
         raise ValueError(f"{path.name}: an animation is written as .gif, .html or .mp4")
-    if not animation.writers.is_available(writer):
-        raise RuntimeError(f"{path.name}: .mp4 needs the program ffmpeg, which was not found")
-    if writer == "pillow" and anim.event_source.interval < 20:
+    if ending == ".gif" and interval < 20:
         raise ValueError(f"{path.name}: a GIF shows at most 50 frames a second; take step=2")
-    page = mpl.rc_context({"savefig.dpi": dpi, "animation.embed_limit": 1000})  # MB
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder, page:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         aside = Path(folder) / path.name
-        if writer == "html":
-            aside.write_text(anim.to_jshtml(), encoding="utf-8")
-        else:
-            anim.save(aside, writer, dpi=dpi)
+        anim.save(aside, writers[ending](fps=1000 / interval), dpi=dpi)
         os.replace(aside, path)
     return path

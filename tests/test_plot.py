@@ -29,19 +29,18 @@ def clip(skeleton=NTU, M=2, T=6, C=3, seed=0):
 
 
 def pixels(ax):
-    fig = getattr(ax, "figure", ax)
-    fig.canvas.draw()
-    return np.asarray(fig.canvas.buffer_rgba())
+    ax.figure.canvas.draw()
+    return np.asarray(ax.figure.canvas.buffer_rgba())
 
 
 def points(ax):
-    return [c.get_offsets() for c in ax.collections if isinstance(c, matplotlib.collections.PathCollection)]
+    return [c.get_offsets() for c in ax.collections if hasattr(c, "get_sizes")]
 
 
 @pytest.mark.parametrize("skeleton", [*SKELETONS.values(), DOT], ids=lambda s: s.name)
-@pytest.mark.parametrize("C", [2, 3])
-def test_every_layout_is_drawn(skeleton, C):
-    joints, V = clip(skeleton, C=C), skeleton.num_joints
+def test_every_layout_is_drawn(skeleton):
+    C, V = 2 + skeleton.name.startswith(("ntu", "kinect")), skeleton.num_joints
+    joints = clip(skeleton, C=C)
     Q = np.random.default_rng(1).random(joints.shape[:-1])
     Q[1, :3], joints[1, :3] = 0, 0  # the second body comes late
     for view in ["front"] + ["side", "top", 30.0] * (C == 3):
@@ -54,13 +53,14 @@ def test_every_layout_is_drawn(skeleton, C):
     plot.draw_adjacency({"A": A, "G": -A}, skeleton)
     plot.draw_links(joints[0, 0], A, skeleton)
     for number in plt.get_fignums():
-        pixels(plt.figure(number))
+        plt.figure(number).draw_without_rendering()
 
 
 def test_extreme_values_are_drawn():
     joints = torch.randn(25, 3, requires_grad=True)
     plot.draw_skeleton(joints, NTU, values=torch.rand(25, dtype=torch.bfloat16))
-    for values in [np.zeros(25), np.r_[np.nan, np.arange(24.0)], -np.arange(25.0), np.full(25, np.nan)]:
+    unknown = np.full(25, np.nan)
+    for values in [np.zeros(25), np.r_[np.nan, np.arange(24.0)], -np.arange(25.0), unknown]:
         pixels(plot.draw_skeleton(joints, NTU, values=values, colour_bar="v"))
     for Q in [np.zeros((1, 25)), np.ones((1, 25))]:  # a single frame
         pixels(plot.draw_focus_volume(clip(M=1, T=1)[0], Q, NTU))
@@ -122,13 +122,10 @@ def test_a_strip_stands_on_one_ground_and_keeps_order():
     assert np.isclose(min(p[:, 1].min() for p in shown if len(p)), walk[..., 1].min())
 
 
-def test_limb_groups_hold_every_joint_once():
+def test_heat_maps_put_rows_under_the_right_names():
     groups = plot.limb_groups(NTU)
     assert sorted(v for g in groups for v in g) == list(range(25))
     assert [NTU.joints[groups[i][0]] for i in (1, 4)] == ["left shoulder", "right hip"]
-
-
-def test_heat_maps_put_rows_under_the_right_names():
     Q = np.zeros((4, 25))
     Q[:, NTU.index("head")] = 1
     ax = plot.draw_focus(Q, NTU)
@@ -142,11 +139,8 @@ def test_heat_maps_put_rows_under_the_right_names():
     assert names == ("left hand", "right foot")
     labels = plot.draw_focus(np.stack([0 * Q, Q, Q]), NTU).get_yticklabels()  # body 1 is absent
     assert len(labels) == 50 and [labels[i].get_text()[-3:] for i in (0, -1)] == ["(2)", "(3)"]
-
-
-def test_several_maps_and_signed_matrices_share_a_scale_around_zero():
     A = np.diag(np.r_[-3.0, np.ones(24)])
-    for ax in plot.draw_adjacency({"A": A, "B": np.eye(25)}, NTU):
+    for ax in plot.draw_adjacency({"A": A, "B": np.eye(25)}, NTU):  # one scale around zero
         norm, cmap = ax.images[0].norm, ax.images[0].get_cmap()
         assert (norm.vmin, norm.vmax) == (-3, 3) and cmap(1.0)[0] > cmap(1.0)[2]  # red adds
 
@@ -155,7 +149,7 @@ def test_links_are_those_of_the_matrix():
     pose, A = clip()[0, 0], np.eye(25)
     A[3, 7], A[4, 9] = 2, -1
     first, second = plot.draw_links(pose, A, NTU).patches
-    assert np.allclose(first.get_path().vertices[[0, -1]], pose[[3, 7], :2])
+    assert np.allclose(first.get_path().vertices[[0, -1]], pose[[3, 7], :2], atol=1e-6)
     red, blue = first.get_edgecolor(), second.get_edgecolor()
     assert red[0] > red[2] and blue[0] < blue[2]
     assert not plot.draw_links(pose, np.eye(25), NTU).patches
@@ -166,7 +160,6 @@ def test_results_are_under_their_names():
     ax = plot.draw_class_difference(frame)
     assert [t.get_text() for t in ax.get_yticklabels()] == ["a", "c", "b"]
     assert sorted(bar.get_width() for bar in ax.patches) == [-20, 0, 10]
-    assert len(plot.draw_class_difference(frame, top=1).patches) == 2
     counts = pd.DataFrame([[3, 1], [0, 0]], index=["a", "b"], columns=["a", "b"])
     ax = plot.draw_confusion(counts)  # no clip of class b: unknown, not 0 %
     assert [t.get_text() for t in ax.texts][:2] == ["75", "25"]
@@ -183,42 +176,32 @@ def test_history_with_one_epoch_and_gaps():
     pixels(plot.draw_method())
 
 
-def gif_frames(path):
-    with Image.open(path) as picture:
-        frames = [picture.seek(i) or np.asarray(picture.convert("RGB")) for i in range(picture.n_frames)]
-        return frames, picture.info["duration"]
-
-
 def test_a_gif_has_every_frame_at_the_right_speed_on_white(tmp_path):
     coco = SKELETONS["coco17"]  # beside a clip of another length, layout and view
     clips = [clip(T=9), clip(coco, T=3, C=2)[0]]
     anim = plot.animate(clips, [NTU, coco], values=[np.full((2, 9, 25), 0.5), None], fps=20, step=2,
                         view=[(0, 90), "front"], titles=["a", "b"], colour_bar="v")  # fmt: skip
-    frames, duration = gif_frames(plot.save_animation(anim, tmp_path / "a.gif", dpi=50))
-    assert len(frames) == 5 and duration == 100
-    assert frames[0][0, 0].tolist() == [255, 255, 255]
-    assert not np.array_equal(frames[0], frames[-1])
+    with Image.open(plot.save_animation(anim, tmp_path / "a.gif", dpi=50)) as picture:
+        first = picture.convert("RGB")
+        assert picture.n_frames == 5 and picture.info["duration"] == 100
+        assert first.getpixel((0, 0)) == (255, 255, 255)
+        picture.seek(4)
+        assert first.tobytes() != picture.convert("RGB").tobytes()
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 
+@pytest.mark.filterwarnings("ignore:Animation was deleted")
 def test_a_failing_animation_leaves_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "a.gif"
     path.write_text("old")
     anim = plot.animate(clip(T=3), NTU, trail="head")
     page = plot.save_animation(anim, tmp_path / "b.html", dpi=30)
     assert page.read_text().count("data:image/png") == 3
-    anim._func = lambda frame: 1 / 0
+    anim._func = lambda frame: 1 / (2 - frame)
     with pytest.raises(ZeroDivisionError):
         plot.save_animation(anim, path)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 2
-
-
-@pytest.mark.filterwarnings("ignore:Animation was deleted")
-def test_what_cannot_be_saved_says_why(tmp_path):
-    anim = plot.animate(clip(T=2), NTU, fps=120)
+    fast = plot.animate(clip(T=2), NTU, fps=120)
     for name, message in [("a.gif", "at most 50"), ("a", "written as")]:
         with pytest.raises(ValueError, match=message):
-            plot.save_animation(anim, tmp_path / name)
-    if not matplotlib.animation.writers.is_available("ffmpeg"):
-        with pytest.raises(RuntimeError, match="ffmpeg"):
-            plot.save_animation(anim, tmp_path / "a.mp4")
+            plot.save_animation(fast, tmp_path / name)
