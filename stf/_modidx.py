@@ -477,7 +477,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'stf.plot._finish': ('plot.html#_finish', 'stf/plot.py'),
                           'stf.plot._frames': ('plot.html#_frames', 'stf/plot.py'),
                           'stf.plot._heat_map': ('plot.html#_heat_map', 'stf/plot.py'),
-                          'stf.plot._label_frames': ('plot.html#_label_frames', 'stf/plot.py'),
+                          'stf.plot._label_frame': ('plot.html#_label_frame', 'stf/plot.py'),
                           'stf.plot._name_axis': ('plot.html#_name_axis', 'stf/plot.py'),
                           'stf.plot._name_joints': ('plot.html#_name_joints', 'stf/plot.py'),
                           'stf.plot._new_axes': ('plot.html#_new_axes', 'stf/plot.py'),

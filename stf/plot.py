@@ -7,10 +7,9 @@ __all__ = ['COLOURS', 'FOCUS_CMAP', 'SIGNED_CMAP', 'use_style', 'draw_skeleton',
            'draw_links', 'draw_focus', 'draw_focus_volume', 'draw_method', 'draw_class_difference', 'draw_confusion',
            'draw_history', 'animate', 'save_animation']
 
-# %% ../nbs/09_plot.ipynb #8419e7d5
+# %% ../nbs/09_plot.ipynb #2ece8ea7
 import os
 import tempfile
-from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -178,7 +177,7 @@ def draw_skeleton(
         ax.text(0.5, 0.5, "no body in this frame", transform=ax.transAxes, ha="center")
     return _finish(ax, _corners(points[drawn]), title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #285e4be6
+# %% ../nbs/09_plot.ipynb #43882ea6
 def _frames(frames, drawn):
     "Frames to show: so many, evenly spread, or as listed. ValueError if no body is visible."
     if isinstance(frames, (int, np.integer)):
@@ -189,12 +188,10 @@ def _frames(frames, drawn):
     return frames
 
 
-def _label_frames(ax, places, frames, fps):
-    "The frames' numbers, or with fps their times, under places of the picture."
-    for i, (place, t) in enumerate(zip(places, frames)):
-        label = f"{t / fps:.2f} s" if fps else f"{t}" if i else f"frame {t}"
-        ax.annotate(label, place, (0, -5), textcoords="offset points", ha="center", va="top",
-                    fontsize=7)  # fmt: skip
+def _label_frame(ax, place, t, first, fps):
+    "A frame's number, or with fps its time, under a place of the picture."
+    label = f"{t / fps:.2f} s" if fps else f"frame {t}" if first else f"{t}"
+    ax.annotate(label, place, (0, -5), textcoords="offset points", ha="center", va="top", size=7)
 
 
 def draw_strip(
@@ -228,9 +225,9 @@ def draw_strip(
     x += (centres - (left + right) / 2)[:, None]
     edges = (-step / 2, centres[-1] + step / 2)
     ax = ax or _new_axes(9, np.clip(9 * height / np.ptp(edges) + 0.5, 1.2, 9))
-    for f in range(len(frames)):
+    for f, t in enumerate(frames):
         _draw_bodies(ax, skeleton, points[:, f], drawn[:, f], q[:, f], norm, size)
-    _label_frames(ax, [(centre, low) for centre in centres], frames, fps)
+        _label_frame(ax, (centres[f], low), t, f == 0, fps)
     ax.hlines(low - 0.02 * height, *edges, color=COLOURS["grey"], lw=0.8, zorder=1)
     if drawn.any(2).sum(0).max() > 1:  # several bodies: lines between the frames
         ax.vlines(centres[1:] - step / 2, low, low + height, color=COLOURS["light"], lw=0.8)
@@ -249,7 +246,7 @@ def limb_groups(
     groups = [np.flatnonzero(side == 0), *limbs]
     return [sorted(map(int, g), key=lambda v: (hops[v], v)) for g in groups if len(g)]
 
-# %% ../nbs/09_plot.ipynb #8144b0ef
+# %% ../nbs/09_plot.ipynb #c60795e0
 def _name_axis(ax, skeleton, bodies=(1,), columns=False):
     "Joint names along a heat map, limb by limb and body by body, lines between; their order."
     groups = limb_groups(skeleton) * len(bodies)
@@ -300,7 +297,7 @@ def draw_adjacency(
 ):  # matplotlib Axes; a list of them for a dictionary  # fmt: skip
     "Heat map of adjacency matrices with joint names (Fig. 1c). ValueError if one is not (V,V)."
     if isinstance(A, dict):
-        return _each(draw_adjacency, A, skeleton, 3.1, 3.2, vmin, vmax, colour_bar)
+        return _each(draw_adjacency, A, skeleton, 3.1, 3.6, vmin, vmax, colour_bar)
     A, V = _array(A), skeleton.num_joints
     if A.shape != (V, V):
         raise ValueError(f"matrix must be ({V},{V}) for {skeleton.name}; got shape {A.shape}")
@@ -311,7 +308,7 @@ def draw_adjacency(
     cmap = SIGNED_CMAP if norm.vmin < 0 else "Reds"
     return _heat_map(ax, A[np.ix_(order, order)], cmap, norm, title, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #d74e2c92
+# %% ../nbs/09_plot.ipynb #271c71ee
 def draw_links(
     joints,  # (V,C) one body
     A,  # (V,V) strengths
@@ -323,8 +320,6 @@ def draw_links(
 ):  # matplotlib Axes
     "The strongest links of an adjacency, made symmetric, over a body (Fig. 1c). No self-links."
     A, V = _array(A), skeleton.num_joints
-    if A.shape != (V, V):
-        raise ValueError(f"A must be ({V},{V}) for {skeleton.name}; got shape {A.shape}")
     options = {"size": 14, "values": np.full(V, np.nan), "view": "front", **options}
     ax = draw_skeleton(joints, skeleton, ax, **options)
     points, drawn, _ = _bodies(_array(joints)[None], skeleton, view=options["view"])
@@ -341,7 +336,7 @@ def draw_links(
                 alpha=min(0.2 + share, 1), linewidth=2.5 * share))  # fmt: skip
     return ax
 
-# %% ../nbs/09_plot.ipynb #c7e75747
+# %% ../nbs/09_plot.ipynb #0efc2fef
 def draw_focus(
     Q,  # (T,V) or (M,T,V): focus, β, or any value for each frame and joint; or {title: map}
     skeleton: Skeleton,  # its layout
@@ -353,21 +348,21 @@ def draw_focus(
     "Map of joints × frames (Fig. 1d), body under body. ValueError if it doesn't fit the skeleton."
     V = skeleton.num_joints
     if isinstance(Q, dict):
-        return _each(draw_focus, Q, skeleton, 3.1, 0.6 + 0.085 * V, vmin, vmax, colour_bar)
+        return _each(draw_focus, Q, skeleton, 3.1, 0.6 + 0.09 * V, vmin, vmax, colour_bar)
     Q = _array(Q)
     if Q.ndim not in (2, 3) or 0 in Q.shape or Q.shape[-1] != V:
-        form = f"(T,V) or (M,T,V) with V = {V} ({skeleton.name})"
-        raise ValueError(f"a map must be {form}; got shape {Q.shape}")
+        raise ValueError(f"Q must be (M,T,V) or (T,V), V = {V} ({skeleton.name}); got {Q.shape}")
     Q = Q.reshape(-1, *Q.shape[-2:])
     present = np.flatnonzero(Q.any((1, 2))) if Q.any() else np.array([0])
     ax = ax or _new_axes(6.5, 0.8 + 0.11 * V * len(present))
     order, norm = _name_axis(ax, skeleton, present + 1), _scale(Q, vmin, vmax)
     rows = np.concatenate([Q[m].T[order] for m in present])
     ax.set_xlabel("time (s)" if fps else "frame")
+    ax.locator_params("x", integer=not fps)
     extent = (0, Q.shape[1] / (fps or 1), len(rows) - 0.5, -0.5)
     return _heat_map(ax, rows, FOCUS_CMAP, norm, title, colour_bar, aspect="auto", extent=extent)
 
-# %% ../nbs/09_plot.ipynb #ff288d20
+# %% ../nbs/09_plot.ipynb #d74dd2a2
 def draw_focus_volume(
     joints,  # (T,V,C) or (M,T,V,C)
     Q,  # (T,V) or (M,T,V) focus
@@ -394,10 +389,10 @@ def draw_focus_volume(
     panes = oblique(pane, time[frames, None])
     box = _corners(panes.reshape(-1, 2), 0.01)
     ax = ax or _new_axes(9, np.clip(9 * np.divide(*np.ptp(box, axis=0)[::-1]) + 0.5, 1.5, 9))
-    _label_frames(ax, panes[:, 0], frames, fps)
     for i, t in enumerate(frames):
         ax.add_patch(plt.Polygon(panes[i], fc=(1, 1, 1, 0.4), ec=COLOURS["light"], zorder=10 * i))
         _draw_bodies(ax, skeleton, page[:, t], drawn[:, t], Q[:, t], norm, 16, 10 * i + 1)
+        _label_frame(ax, panes[i, 0], t, i == 0, fps)
     share = np.clip(np.nan_to_num(norm((Q[:, 1:] + Q[:, :-1]) / 2).data), 0, 1)
     shown = drawn[:, 1:] & drawn[:, :-1] & (share > 0.05)  # traces between the frames
     traces, colours = np.stack([page[:, :-1][shown], page[:, 1:][shown]], 1), _FOCUS(share[shown])
@@ -405,7 +400,7 @@ def draw_focus_volume(
     ax.add_collection(LineCollection(traces, colors=colours, zorder=10 * len(frames)))
     return _finish(ax, box, title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #4186eb39
+# %% ../nbs/09_plot.ipynb #aa03d0f7
 def draw_method(
     ax=None,  # axes to draw in; None: a new figure
 ):  # matplotlib Axes
@@ -450,8 +445,9 @@ def draw_method(
         ax.annotate("", (x, y), start, arrowprops=line)
     ax.annotate("", (6, 4.4), (0.9, 4.4), arrowprops=line | {"connectionstyle": "arc3,rad=-0.08"})
     for x, y, text in ((3.35, 4.15, "map $T×V$\nin 0 … 1"), (5.55, 4.15, "$G_k$"),
-                       (8, 3.55, "one STF module in its pathway (1)")):  # fmt: skip
+                       (8.05, 3.55, "module 5: β and α make $G_k$ (1)")):  # fmt: skip
         ax.text(x, y, text, ha="center", fontsize=8)
+    ax.plot([0.1, 5.4, np.nan, 6.8, 9.5], [4.85, 5.1, np.nan, 5.1, 4.85], "--", color="0.6", lw=1)
     ax.add_patch(plt.Rectangle((0.1, 3.45), 9.4, 1.4, fill=False, ec=COLOURS["grey"], ls="--"))
     return _finish(ax, np.array([(0, 0), (10, 6.2)]), "")
 
@@ -530,7 +526,7 @@ def draw_history(
     grid.figure.suptitle(title or "", y=1.03, fontsize=10)
     return grid.figure
 
-# %% ../nbs/09_plot.ipynb #8f3feaa2
+# %% ../nbs/09_plot.ipynb #351b836a
 def animate(
     joints,  # (T,V,C) or (M,T,V,C); or a list of such clips, drawn side by side
     skeleton: Skeleton,  # its layout; or a list, one for each clip
@@ -590,7 +586,7 @@ def save_animation(
 ) -> Path:  # where it was written
     "Write an animation; the file appears only when complete. ValueError for another ending."
     path = Path(path)
-    page = partial(animation.HTMLWriter, embed_frames=True, embed_limit=1000)  # MB
+    page = lambda fps: animation.HTMLWriter(fps, embed_frames=True, embed_limit=1000)  # MB
     writers = {".gif": animation.PillowWriter, ".html": page, ".mp4": animation.FFMpegWriter}
     ending, interval = path.suffix.lower(), anim.event_source.interval
     if ending not in writers:

@@ -103,7 +103,7 @@ def test_image_coordinates_are_turned_over_and_scores_do_not_tilt():
     ("draw_focus", (np.ones((4, 24)), NTU), "V = 25"),
     ("draw_focus_volume", (np.ones((4, 25, 3)), np.ones((3, 25)), NTU), "a value a joint"),
     ("draw_adjacency", (np.eye(24), NTU), r"\(25,25\)"),
-    ("draw_links", (np.ones((25, 3)), np.eye(3), NTU), r"\(25,25\)"),
+    ("draw_links", (np.ones((25, 3)), np.eye(3), NTU), "shapes"),
     ("draw_history", (pd.DataFrame({"speed": [1]}),), "none of the columns"),
     ("animate", ([clip(), clip()], NTU, [None]), "shorter"),
 ])  # fmt: skip
