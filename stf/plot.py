@@ -400,7 +400,7 @@ def draw_focus_volume(
     ax.add_collection(LineCollection(traces, colors=colours, zorder=10 * len(frames)))
     return _finish(ax, box, title, norm, colour_bar)
 
-# %% ../nbs/09_plot.ipynb #aa03d0f7
+# %% ../nbs/09_plot.ipynb #a46f719e
 def draw_method(
     ax=None,  # axes to draw in; None: a new figure
 ):  # matplotlib Axes
@@ -411,8 +411,7 @@ def draw_method(
         (2.5, 5.6, 1.4, 1, net, "block 1\nsgcn: module 1\ngcn3d: module 2\nsum, tcn"),
         (4.3, 5.6, 1.4, 1, net, "block 2\nsgcn: module 3\ngcn3d: module 4\nsum, tcn"),
         (6.1, 5.6, 1.4, 1, net, "block 3\nsgcn: module 5\ngcn3d: module 6\nsum, tcn"),
-        (7.75, 5.6, 0.9, 0.8, net, "pool, fc,\nsoftmax"),
-        (9.25, 5.6, 1.3, 0.8, net, "probabilities\nof the classes"),
+        (8.6, 5.6, 2.6, 0.8, net, "pooling, linear layer, softmax:\nprobabilities of the classes"),
         (0.7, 4.1, 0.7, 0.6, net, "$X^l$"),
         (2.1, 4.1, 1.2, 0.6, stf, "β\n3 convolutions"),
         (4.6, 4.1, 1.2, 0.6, stf, "α\n2 convolutions"),
@@ -429,7 +428,7 @@ def draw_method(
         (8.85, 0.45, 1.7, 0.7, train, "the $L_e$ network (6)\n$L_{ce} + λ_e L_e$"),
     ]  # fmt: skip
     arrows = [  # x0, y0, x1, y1
-        *((a, 5.6, b, 5.6) for a, b in ((1.25, 1.8), (3.2, 3.6), (5, 5.4), (6.8, 7.3), (8.2, 8.6))),
+        *((a, 5.6, b, 5.6) for a, b in ((1.25, 1.8), (3.2, 3.6), (5, 5.4), (6.8, 7.3))),
         *((a, 4.1, b, 4.1) for a, b in ((1.05, 1.5), (2.7, 4), (5.2, 5.9), (7.9, 8.6))),
         (1.6, 3.8, 1.6, 2.1), (3.2, 2.55, 2.4, 2.1), *((x, 2.55, x, 2.1) for x in (4.1, 6.5, 8.85)),
         (2.2, 1.3, 3, 0.8), (4.1, 1.3, 4.1, 0.8), (6.2, 1.3, 5.2, 0.8), (8.85, 1.3, 8.85, 0.8),
