@@ -25,7 +25,7 @@ from .clips import Clip, ClipError
 from .dataset import ClipStore, open_input
 from .focus import resample_focus
 from .plot import COLOURS, FOCUS_CMAP, MATRIX_CMAP, SIGNED_CMAP, STYLE, Y_DOWN, _Bodies, draw_adjacency, draw_focus, limb_groups
-from .predict import Prediction, Predictor, _predictor, _short, place_focus
+from .predict import Prediction, Predictor, place_focus
 from .preparation import prepare
 from .skeleton import Skeleton, multi_scale_adjacency
 
@@ -106,10 +106,10 @@ def look_at(
     x, body, frame = prepare(clip, **n.options)
     features = n.net.features(torch.from_numpy(x)[None].to(ask.device, weight.dtype))
     at = place_bodies(body)
-    home = lambda b: place_focus(resample_focus(b[0].float(), n.length).cpu().numpy(), body, frame, clip.present)
+    home = lambda b: place_focus(resample_focus(b[0].float(), n.options["length"]).cpu().numpy(), body, frame, clip.present)
     dynamic = [_by_body(g[0].float().cpu().numpy(), at, len(clip.joints)) for g in features.dynamic]
     K = max((g.shape[1] for g in dynamic), default=3)
-    static = multi_scale_adjacency(n.skeleton.adjacency(), K + 1, getattr(n.net, "exact", True))[1:]
+    static = multi_scale_adjacency(n.net.skeleton.adjacency(), K + 1, getattr(n.net, "exact", True))[1:]
     return Look(clip, answer, n.name, tuple(sorted({b for b in at if b >= 0})), [home(b) for b in features.beta], dynamic, static)
 
 # %% ../nbs/50_explorer.ipynb #ce8ed470
@@ -255,7 +255,7 @@ class Maps:
         self.moving = [m.line for m in (self.focus, *self.betas)]
 
     def fill(self, look, scene):
-        self.focus.fill(look.answer.focus[scene.body], f"$Q$ over frames: focus for {_short(look.answer.about, 22)!r}")
+        self.focus.fill(look.answer.focus[scene.body], f"$Q$ over frames: focus for {look.answer.about[:22]!r}")
         for i, m in enumerate(self.betas):
             chosen = i == scene.module and bool(look.beta)
             m.fill(look.beta[i][scene.body] if look.beta else None, rf"$\beta$ {MODULES[i]}", COLOURS["vermillion"] if chosen else "black")
@@ -695,4 +695,4 @@ def explore(
     ImportError without ipywidgets, CheckpointError for networks that can't be asked, ClipError or ValueError if there is no clip.
     """
     _widgets()
-    return Explorer(Shelf(source), _predictor(checkpoint, device), Scene(**scene))
+    return Explorer(Shelf(source), Predictor(checkpoint, device), Scene(**scene))
