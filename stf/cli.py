@@ -25,7 +25,7 @@ from . import __version__
 from .clips import ClipError
 from .dataset import PROTOCOLS, ClipStore, StoreError, open_input, protocol_name, verify_store
 from .evaluate import Scores, average, class_difference, confusions, predict_scores, top_k
-from .export import export_command
+from .extras.onnx import export_command
 from .experiments import CONTRASTS, ROWS, TABLE5, ablation, demo, gains, load_records, named_by_data, table5
 from .plot import draw_strip
 from .predict import predict_command
