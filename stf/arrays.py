@@ -319,7 +319,8 @@ def _ctrgcn(name, place, num_joints):
             raise ValueError(f"x_{part}: must be (clips, frames, numbers), a label each; got "
                              f"{x.shape}, {len(y)} labels")
         if (size := x.shape[2]) % (3 * num_joints):
-            could = [f"{m} × {v}" for v in (20, 18, 17, 15, 22) for m in (1, 2) if size == 3 * m * v]
+            pairs = [(m, v) for v in (20, 18, 17, 15, 22) for m in (1, 2)]
+            could = [f"{m} × {v}" for m, v in pairs if size == 3 * m * v]
             could = f" (bodies × joints could be {' or '.join(could)})" if could else ""
             raise ValueError(f"x_{part}: {size} numbers a frame are no whole bodies of "
                              f"{num_joints} joints × 3{could}: say which skeleton they have, "

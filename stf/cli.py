@@ -51,7 +51,7 @@ def _show_store(store, **more):
         "clips": f"{len(store):,}",
         "classes": f"{len(classes):,}{some(classes)}",
         "skeleton": f"{layout.name}: {layout.num_joints} joints, {store.header['coordinates']}D",
-        "bodies": f"at most {bodies.max()}; several in {100 * (bodies > 1).mean():.0f} % of the clips",
+        "bodies": f"at most {bodies.max()}; more than one in {(bodies > 1).mean():.0%} of clips",
         "frames": f"{T.min():,} to {T.max():,}, {T.sum():,} in all",
         "protocols": "; ".join(sides) or "none: the clips have no split",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",

@@ -78,7 +78,7 @@ class Clip:
         seen = self.joints.any((2, 3))
         w = np.repeat(seen[:, :, None], V, 2) if self.visible is None else self.visible
         self.visible = w = _as_float32(w, "visible")
-        expect(w.shape == shape[:3], f"must be {shape[:3]} like the joints, got {w.shape}", "visible")
+        expect(w.shape == shape[:3], f"must be {shape[:3]} like joints, got {w.shape}", "visible")
         expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
         expect(seen.any() or w.any(), "no body in any frame")
         if self.label is not None:

@@ -109,7 +109,7 @@ def load_json(data):
 
 # %% ../nbs/10b_files.ipynb #b9c91221
 _UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_MAX_RATIO, _RATIO_FROM = 200, 1 << 28  # what unpacks to 200 times its size, and 256 MiB, is refused
+_MAX_RATIO, _RATIO_FROM = 200, 1 << 28  # refused: unpacks to 200 times its size, and 256 MiB
 _PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 _LOOSE = re.compile(r".*(\.(skeleton|np[yz])|(?<!label)\.(json|pkl|pickle))", re.IGNORECASE)
 _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
@@ -256,7 +256,7 @@ class Files:
         return found
 
     def places(self) -> dict:
-        "{name: place} for `open_arrays`: files at the top of a folder, members of a zip, or beside."
+        "{name: place} for `open_arrays`: files at the top of a folder or zip, or beside."
         entries = [e for e in self.entries if self.path.is_file() or "/" not in e[0]]
         places = {name: (file, part) if part else (file,) for name, _, file, part in entries
                   if not isinstance(part, tuple)}  # fmt: skip

@@ -24,7 +24,8 @@ import numpy as np
 import psutil
 from tqdm.auto import tqdm
 
-from .clips import Clip, ClipError, ntu_missing_skeletons, read_item, read_items, start_worker
+from .clips import Clip, ClipError, ntu_missing_skeletons
+from .files import read_items, start_worker
 
 # %% ../nbs/13b_store.ipynb #2d5dbf3f
 class StoreError(ValueError):
@@ -94,7 +95,7 @@ def _read(clips, workers=0):
         yield from clips
         return
     if not workers:
-        yield from (read_item(i, clips) for i in range(len(clips)))
+        yield from (read_items([i], clips)[0] for i in range(len(clips)))
         return
     pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (clips,))
     parts = iter([range(i, min(i + 16, len(clips))) for i in range(0, len(clips), 16)])
