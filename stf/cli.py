@@ -41,6 +41,8 @@ def _protocols(store):
 
 def _show_store(store, **more):
     "Print what a store holds, line by line, and which files could not be read."
+    import numpy as np
+
     T, bodies, classes, layout = store.frames, store.bodies, store.classes, store.skeleton
     refused, skipped = store.refused, store.header["skipped"]
     size = sum(file["bytes"] for file in store.header["files"].values())
@@ -51,8 +53,10 @@ def _show_store(store, **more):
         "clips": f"{len(store):,}",
         "classes": f"{len(classes):,}{some(classes)}",
         "skeleton": f"{layout.name}: {layout.num_joints} joints, {store.header['coordinates']}D",
-        "bodies": f"at most {bodies.max()}; more than one in {(bodies > 1).mean():.0%} of clips",
-        "frames": f"{T.min():,} to {T.max():,}, {T.sum():,} in all",
+        "bodies": f"1 to {bodies.max()} a clip; {(bodies > 1).mean():.0%} of clips have more than one"
+        if bodies.max() > 1
+        else "1 a clip",
+        "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
         "protocols": "; ".join(sides) or "none: the clips have no split",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
         "unreadable": f"{len(refused):,}",

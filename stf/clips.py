@@ -78,7 +78,8 @@ class Clip:
         seen = self.joints.any((2, 3))
         w = np.repeat(seen[:, :, None], V, 2) if self.visible is None else self.visible
         self.visible = w = _as_float32(w, "visible")
-        expect(w.shape == shape[:3], f"must be {shape[:3]} like joints, got {w.shape}", "visible")
+        reason = f"must be {shape[:3]} like the joints, got {w.shape}"
+        expect(w.shape == shape[:3], reason, "visible")
         expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
         expect(seen.any() or w.any(), "no body in any frame")
         if self.label is not None:
@@ -113,7 +114,7 @@ def class_names(
     dataset: str,  # "ntu60", "ntu120", "nw-ucla" or "kinetics400"
 ) -> list:  # of str; label i is called names[i]
     "The class names of a public data set. ValueError if it is not known."
-    known = {"ntu60": "ntu120", "ntu120": "ntu120", "nw-ucla": "nw-ucla", "kinetics400": "kinetics400"}
+    known = {"ntu60": "ntu120", **{name: name for name in ("ntu120", "nw-ucla", "kinetics400")}}
     if dataset not in known:
         raise ValueError(f"no class names for {dataset!r}, but {', '.join(known)}")
     names = _package_lines(f"{known[dataset]}_classes.txt")

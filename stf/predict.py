@@ -26,14 +26,13 @@ from tyro.conf import Positional
 
 from .backbone import fuse
 from .checkpoints import (CheckpointError, ConfigError, batch_options, coordinates,
-                             load_checkpoint)
+                             load_checkpoint, named_skeleton)
 from .clips import Clip, ClipError
 from .dataset import open_input
 from .evaluate import write_file
 from .focus import grad_cam, resample_focus
 from .plot import animate, draw_strip, save_animation
 from .preparation import prepare
-from .skeleton import SKELETONS
 
 # %% ../nbs/40_predict.ipynb #55b899fa
 def place_focus(
@@ -410,7 +409,7 @@ def predict_command(
         movie: ending of animations in a folder
         batch_size: recordings at a time; less takes less memory
         device: auto (the GPU if there is one), cpu or cuda
-        skeleton: layout of files that don't name it: a known one, or 'checkpoint' for the network's
+        skeleton: layout of files that don't name it: a name, a JSON file, or 'checkpoint' (its own)
         kind: what the files are; auto: found out
         labels: label list (Kinetics) or label file (.npy); default: looked for beside the input
     """
@@ -418,17 +417,16 @@ def predict_command(
     for wrong, why in (
         (top < 0 or batch_size < 1, f"--top {top} and --batch-size {batch_size}: at least 1"),
         (json == csv == "-", "--json - and --csv - can't both go to the terminal; name a file"),
-        (skeleton not in ("", "checkpoint", *SKELETONS), f"--skeleton {skeleton!r} is not known; "
-         f"known are checkpoint (its own), {', '.join(SKELETONS)}"),
         *((not Path(p).exists(), f"{p}: no such file or folder") for p in paths),
     ):
         if wrong:
             raise ConfigError(why)
+    body = None if skeleton == "checkpoint" else named_skeleton(skeleton)
     predictor = Predictor(checkpoint, device)
     if not checkpoint:
         names = " and ".join(Path(n.name).name for n in predictor.networks)
         print(f"no --checkpoint given: using {names} (20 synthetic actions)", file=sys.stderr)
-    body = predictor.skeleton if skeleton == "checkpoint" else SKELETONS.get(skeleton)
+    body = predictor.skeleton if skeleton == "checkpoint" else body
     options = dict(kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
     opened, failed, records = [], [], []
     for p in paths:

@@ -1,4 +1,5 @@
 """Shared by all tests: markers, and where real recordings are found."""
+
 import os
 from pathlib import Path
 
@@ -10,13 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; still run by .ci/run (leave out with -m 'not slow')")
+    config.addinivalue_line(
+        "markers", "slow: takes long; still run by .ci/run (leave out with -m 'not slow')"
+    )
     config.addinivalue_line("markers", "cuda: needs a CUDA device")
 
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """One thread for torch, whatever the environment says: sums of floats in one order, and no quarrel between test workers."""
+    """One thread for torch, whatever the environment says: sums of floats in one order, and no
+    quarrel between test workers."""
     import torch
 
     threads = torch.get_num_threads()
@@ -30,5 +34,7 @@ def real_data() -> Path:
     """The folder of real recordings; tests that use it are skipped where it is absent."""
     folder = Path(os.environ.get("STF_REAL_DATA", ROOT.parent / "shared" / "real-data"))
     if not folder.is_dir():
-        pytest.skip(f"no real recordings at {folder}; set STF_REAL_DATA to the folder that has them")
+        pytest.skip(
+            f"no real recordings at {folder}; set STF_REAL_DATA to the folder that has them"
+        )
     return folder

@@ -1,4 +1,6 @@
-"""Array files of the field, written here in exactly their layout: routes that must agree, hostile and damaged input."""
+"""Array files of the field, written here in exactly their layout: routes that must agree,
+hostile and damaged input."""
+
 import os
 import pickle
 import subprocess
@@ -25,9 +27,19 @@ RAW = [RNG.normal(0, 1, (m, t, 25, 3)).astype(np.float32) for m, t in ((1, 8), (
 
 
 def write_pyskl(path, keypoints=RAW, protocol=4, **more):
-    rows = [{"frame_dir": n, "label": label, "keypoint": k, "total_frames": k.shape[1], **more} for n, label, k in zip(NAMES, LABELS, keypoints)]
-    content = {"split": {"xsub_train": NAMES[:1], "xsub_val": NAMES[1:], "xview_train": NAMES[1:], "xview_val": NAMES[:1]},
-               "annotations": [rows[0], None, *rows[1:]]}
+    rows = [
+        {"frame_dir": n, "label": label, "keypoint": k, "total_frames": k.shape[1], **more}
+        for n, label, k in zip(NAMES, LABELS, keypoints)
+    ]
+    content = {
+        "split": {
+            "xsub_train": NAMES[:1],
+            "xsub_val": NAMES[1:],
+            "xview_train": NAMES[1:],
+            "xview_val": NAMES[:1],
+        },
+        "annotations": [rows[0], None, *rows[1:]],
+    }
     path.write_bytes(pickle.dumps(content, protocol))
     return path
 
@@ -38,7 +50,9 @@ def write_ctrgcn(path, compressed=False, onehot=True):
         x[i, : k.shape[1], : len(k)] = k.transpose(1, 0, 2, 3)
     y = np.eye(60)[LABELS] if onehot else np.array(LABELS)
     x = x.reshape(3, 12, 150)
-    (np.savez_compressed if compressed else np.savez)(path, x_train=x[:1], y_train=y[:1], x_test=x[1:], y_test=y[1:])
+    (np.savez_compressed if compressed else np.savez)(
+        path, x_train=x[:1], y_train=y[:1], x_test=x[1:], y_test=y[1:]
+    )
     return path
 
 
@@ -63,11 +77,18 @@ def write_npy(folder, x, stem="val_data_joint", names=NAMES, protocol=2):
 @pytest.mark.parametrize("protocol", range(6))
 def test_pyskl(tmp_path, protocol):
     clips = open_clips(write_pyskl(tmp_path / "ntu60_3danno.pkl", protocol=protocol))
-    assert clips.names == NAMES and "3 clips, 25 joints, up to 2 bodies, 3 classes, 1 more without a skeleton" in clips.summary
+    assert (
+        clips.names == NAMES
+        and "3 clips, 25 joints, up to 2 bodies, 3 classes, 1 more without a skeleton"
+        in clips.summary
+    )
     for clip, joints, label in zip(clips, RAW, LABELS):
         np.testing.assert_array_equal(clip.joints, joints)
         assert clip.label == label and clip.tags["action"] == label + 1 and clip.visible.min() == 1
-    assert clips[0].split == {"xsub": "train", "xview": "test"} and clips[1].class_name == "handshaking"
+    assert (
+        clips[0].split == {"xsub": "train", "xview": "test"}
+        and clips[1].class_name == "handshaking"
+    )
     again = pickle.loads(pickle.dumps(clips))
     np.testing.assert_array_equal(again[1].joints, RAW[1])
 
@@ -75,35 +96,68 @@ def test_pyskl(tmp_path, protocol):
 def test_pyskl_2d(tmp_path):
     """Pixels and scores; a score a little over 1 is what networks say, 7 is a fault."""
     pixels = [RNG.uniform(0, 1900, (*k.shape[:2], 17, 2)).astype(np.float16) for k in RAW]
-    rows = [{"frame_dir": f"v_{i}", "label": i, "img_shape": (1080, 1920), "original_shape": (1080, 1920), "total_frames": k.shape[1],
-             "keypoint": k, "keypoint_score": np.full(k.shape[:3], s, np.float16)} for i, (k, s) in enumerate(zip(pixels, (0.5, 1.02, 7)))]
+    rows = [
+        {
+            "frame_dir": f"v_{i}",
+            "label": i,
+            "img_shape": (1080, 1920),
+            "original_shape": (1080, 1920),
+            "total_frames": k.shape[1],
+            "keypoint": k,
+            "keypoint_score": np.full(k.shape[:3], s, np.float16),
+        }
+        for i, (k, s) in enumerate(zip(pixels, (0.5, 1.02, 7)))
+    ]
     path = tmp_path / "k400_hrnet.pkl"
-    path.write_bytes(pickle.dumps({"split": {"train": ["v_0"], "val": ["v_1"]}, "annotations": rows}))
+    path.write_bytes(
+        pickle.dumps({"split": {"train": ["v_0"], "val": ["v_1"]}, "annotations": rows})
+    )
     clips = open_clips(path, errors="collect")
     good = list(clips)
     assert [c.name for c in good] == ["v_0", "v_1"] and "score of 7" in clips.errors[0].reason
-    assert good[0].skeleton is SKELETONS["coco17"] and good[0].tags["image"] == [1080, 1920] and good[1].visible.max() == 1
+    assert (
+        good[0].skeleton is SKELETONS["coco17"]
+        and good[0].tags["image"] == [1080, 1920]
+        and good[1].visible.max() == 1
+    )
     assert good[1].split == {"official": "test"}
     np.testing.assert_array_equal(good[1].joints, pixels[1].astype(np.float32))
 
 
 def test_pyskl_list_only(tmp_path):
     path = tmp_path / "old.pickle"
-    path.write_bytes(pickle.dumps([{"frame_dir": NAMES[0], "label": 9, "keypoint": RAW[0], "total_frames": 8}]))
+    path.write_bytes(
+        pickle.dumps([{"frame_dir": NAMES[0], "label": 9, "keypoint": RAW[0], "total_frames": 8}])
+    )
     assert open_clips(path)[0].split == {}
 
 
 @pytest.mark.parametrize("compressed", [False, True])
-@pytest.mark.parametrize("name, protocol", [("NTU60_CS", "xsub"), ("NTU60_CV", "xview"), ("NTU120_CSub", "xsub"), ("NTU120_CSet", "xset"), ("own", "official")])
+@pytest.mark.parametrize(
+    "name, protocol",
+    [
+        ("NTU60_CS", "xsub"),
+        ("NTU60_CV", "xview"),
+        ("NTU120_CSub", "xsub"),
+        ("NTU120_CSet", "xset"),
+        ("own", "official"),
+    ],
+)
 def test_ctrgcn(tmp_path, compressed, name, protocol):
     path = write_ctrgcn(tmp_path / f"{name}.npz", compressed)
     clips = open_clips(path)
-    assert [c.class_name for c in open_clips(tmp_path)] == [c.class_name for c in clips]  # however it is named
-    guessed = " (taken as ntu25)" if name == "own" else ""  # neither the name nor the user says which body
+    assert [c.class_name for c in open_clips(tmp_path)] == [
+        c.class_name for c in clips
+    ]  # however it is named
+    guessed = (
+        " (taken as ntu25)" if name == "own" else ""
+    )  # neither the name nor the user says which body
     assert f"3 clips, 25 joints{guessed}, up to 2 bodies, 3 classes" in clips.summary
     for i in (0, 1, 2, 1, 0):  # back and forth
         np.testing.assert_array_equal(clips[i].joints, RAW[i])
-        assert clips[i].label == LABELS[i] and clips[i].split == {protocol: "test" if i else "train"}
+        assert clips[i].label == LABELS[i] and clips[i].split == {
+            protocol: "test" if i else "train"
+        }
     assert len(set(clips.names)) == 3 and "setup" not in clips[0].tags
 
 
@@ -145,7 +199,11 @@ def test_kinetics_arrays(tmp_path):
     x[:, :2, 1:100] = RNG.uniform(-0.5, 0.5, (3, 2, 99, 18, 2))
     x[:, 2, 1:100] = 0.7
     clip = open_clips(write_npy(tmp_path / "kinetics", x, names=["a", "b", "c"]))[1]
-    assert clip.joints.shape == (2, 100, 18, 2) and clip.visible.max() == np.float32(0.7) and clip.split == {"kinetics": "test"}
+    assert (
+        clip.joints.shape == (2, 100, 18, 2)
+        and clip.visible.max() == np.float32(0.7)
+        and clip.split == {"kinetics": "test"}
+    )
     np.testing.assert_array_equal(clip.joints[1, 50], x[1, :2, 50, :, 1].T)
     skeleton = SKELETONS["openpose18"]
     bones = x - x[:, :, :, skeleton.parents]  # the published bones subtract the score, too
@@ -154,8 +212,11 @@ def test_kinetics_arrays(tmp_path):
 
 def test_routes_agree(tmp_path):
     """The same clips by four routes."""
-    routes = [open_clips(write_pyskl(tmp_path / "a.pkl")), open_clips(write_ctrgcn(tmp_path / "b.npz")),
-              open_clips(write_npy(tmp_path / "c", npy_array(), "test_data"))]
+    routes = [
+        open_clips(write_pyskl(tmp_path / "a.pkl")),
+        open_clips(write_ctrgcn(tmp_path / "b.npz")),
+        open_clips(write_npy(tmp_path / "c", npy_array(), "test_data")),
+    ]
     for a, b, c in zip(*routes):
         assert a.label == b.label == c.label
         for other in (b, c):
@@ -168,14 +229,17 @@ def renamed(data, new):
     for module in (b"multiarray", b"numeric"):
         for old in (b"numpy._core.", b"numpy.core."):
             name, other = old + module, new + b"." + module
-            data = data.replace(b"\x8c" + bytes([len(name)]) + name, b"\x8c" + bytes([len(other)]) + other).replace(b"c" + name + b"\n", b"c" + other + b"\n")
+            data = data.replace(
+                b"\x8c" + bytes([len(name)]) + name, b"\x8c" + bytes([len(other)]) + other
+            ).replace(b"c" + name + b"\n", b"c" + other + b"\n")
     return data
 
 
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("module", [b"numpy.core", b"numpy._core"])
 def test_pickles_of_either_numpy(tmp_path, module, protocol):
-    """A set pickled under NumPy 1 is read under NumPy 2, and the other way round; labels may be NumPy's numbers."""
+    """A set pickled under NumPy 1 is read under NumPy 2, and the other way round; labels may be
+    NumPy's numbers."""
     path = write_pyskl(tmp_path / "a.pkl", protocol=protocol, label=np.int64(9))
     path.write_bytes(renamed(path.read_bytes(), module))
     other = b"numpy._core" if module == b"numpy.core" else b"numpy.core"
@@ -186,21 +250,36 @@ def test_pickles_of_either_numpy(tmp_path, module, protocol):
 
 
 def test_parts_of_a_set_in_two_pickles(tmp_path):
-    """Older pyskl and mmaction2 files are bare lists, one for training, one for the test; the file's name tells which."""
+    """Older pyskl and mmaction2 files are bare lists, one for training, one for the test; the
+    file's name tells which."""
     for part, i in (("train", 0), ("val", 1)):
-        row = {"frame_dir": NAMES[i], "label": LABELS[i], "keypoint": RAW[i], "total_frames": RAW[i].shape[1]}
+        row = {
+            "frame_dir": NAMES[i],
+            "label": LABELS[i],
+            "keypoint": RAW[i],
+            "total_frames": RAW[i].shape[1],
+        }
         (tmp_path / f"ntu60_xsub_{part}.pkl").write_bytes(pickle.dumps([row]))
     clips = open_clips(tmp_path)
-    assert clips.names == NAMES[:2] and [c.split for c in clips] == [{"xsub": "train"}, {"xsub": "test"}] and "2 clips" in clips.summary
+    assert (
+        clips.names == NAMES[:2]
+        and [c.split for c in clips] == [{"xsub": "train"}, {"xsub": "test"}]
+        and "2 clips" in clips.summary
+    )
     assert "2 classes" in clips.summary and pickle.loads(pickle.dumps(clips))[1].label == LABELS[1]
     (tmp_path / "other.pkl").write_bytes(b"")
-    with pytest.raises(ClipError, match="several data sets; name one of them: ntu60_xsub_train.pkl, ntu60_xsub_val.pkl, other.pkl"):
+    with pytest.raises(
+        ClipError,
+        match="several data sets; name one of them: "
+        "ntu60_xsub_train.pkl, ntu60_xsub_val.pkl, other.pkl",
+    ):
         open_clips(tmp_path)
 
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_arrays_in_any_memory_layout(tmp_path, protocol):
-    """Trackers give (T,M,V,C), and np.transpose only relabels the axes; pickle 5 writes such an array as it lies in memory."""
+    """Trackers give (T,M,V,C), and np.transpose only relabels the axes; pickle 5 writes such an
+    array as it lies in memory."""
     kept = RNG.normal(size=(11, 2, 25, 3)).astype(np.float32)
     row = {"frame_dir": "v", "label": 0, "keypoint": kept.transpose(1, 0, 2, 3), "total_frames": 11}
     for keypoint in (row["keypoint"], np.asfortranarray(row["keypoint"])):
@@ -212,7 +291,12 @@ def test_arrays_in_any_memory_layout(tmp_path, protocol):
 
 def test_several_sets_in_one_place_are_told_not_merged(tmp_path):
     row = {"frame_dir": NAMES[0], "label": 0, "keypoint": RAW[0], "total_frames": 8}
-    for k, names in enumerate((["ntu60_xsub_train", "ntu60_xsub_val", "ntu60_xview_train"], ["ntu60_xsub_train", "ntu120_xsub_val"])):
+    for k, names in enumerate(
+        (
+            ["ntu60_xsub_train", "ntu60_xsub_val", "ntu60_xview_train"],
+            ["ntu60_xsub_train", "ntu120_xsub_val"],
+        )
+    ):
         (tmp_path / str(k)).mkdir()
         for name in names:
             (tmp_path / str(k) / f"{name}.pkl").write_bytes(pickle.dumps([row]))
@@ -226,32 +310,45 @@ def test_several_sets_in_one_place_are_told_not_merged(tmp_path):
     with pytest.raises(ClipError, match="several data sets; name one of them: xsub, xview"):
         open_clips(tmp_path / "both.zip")
     write_npy(tmp_path / "mixed", npy_array(), "val_data")
-    write_npy(tmp_path / "mixed", npy_array(), "train_data_joint", [n.replace("R001", "R002") for n in NAMES])
+    write_npy(
+        tmp_path / "mixed",
+        npy_array(),
+        "train_data_joint",
+        [n.replace("R001", "R002") for n in NAMES],
+    )
     assert len(open_clips(tmp_path / "mixed")) == 6  # both parts, whichever way they are called
 
 
 def test_recordings_beside_arrays_are_not_left_out(tmp_path):
-    """A folder of raw files into which something else has got: an error that names both, and kind= settles it."""
+    """A folder of raw files into which something else has got: an error that names both, and
+    kind= settles it."""
     from test_clips import TWO
 
     (tmp_path / f"{NAMES[0]}.skeleton").write_text(TWO)
     for beside in ("NTU60_CS.npz", "cache.pkl"):
-        write_ctrgcn(tmp_path / beside) if beside.endswith("npz") else (tmp_path / beside).write_bytes(pickle.dumps({"a": 1}))
-        with pytest.raises(ClipError, match=f"several kinds .{beside} and {NAMES[0]}.skeleton.*kind="):
+        write_ctrgcn(tmp_path / beside) if beside.endswith("npz") else (
+            tmp_path / beside
+        ).write_bytes(pickle.dumps({"a": 1}))
+        with pytest.raises(
+            ClipError, match=f"several kinds .{beside} and {NAMES[0]}.skeleton.*kind="
+        ):
             open_clips(tmp_path)
         assert open_clips(tmp_path, kind="ntu").names == NAMES[:1]
         (tmp_path / beside).unlink()
 
 
 def test_files_that_are_no_data_beside_a_set(tmp_path):
-    """A list of classes, means as an array, label pickles in another folder: no recordings, and no other set."""
+    """A list of classes, means as an array, label pickles in another folder: no recordings, and
+    no other set."""
     from test_clips import TWO
 
     write_npy(tmp_path / "b/splits", npy_array())
     (tmp_path / "a").mkdir()
     write_pyskl(tmp_path / "a/ntu60_3danno.pkl")
     for folder, name in (("a", "label_map.json"), ("b", "means.npy")):
-        np.save(tmp_path / folder / name, np.zeros(3)) if name == "means.npy" else (tmp_path / folder / name).write_text("{}")
+        np.save(tmp_path / folder / name, np.zeros(3)) if name == "means.npy" else (
+            tmp_path / folder / name
+        ).write_text("{}")
     assert len(open_clips(tmp_path / "a")) == 3
     with pytest.raises(ClipError, match="means.npy, but no .*joint.npy"):
         open_clips(tmp_path / "b")
@@ -266,30 +363,55 @@ def test_files_that_are_no_data_beside_a_set(tmp_path):
 
 
 def test_ntu_names_with_classes_of_ones_own(tmp_path):
-    """The mutual actions as 0, 1, 2 …: a label for each action, and no clip with NTU's; words are those of the names."""
+    """The mutual actions as 0, 1, 2 …: a label for each action, and no clip with NTU's; words
+    are those of the names."""
     path = write_npy(tmp_path / "xsub", npy_array())
-    for labels, reason in (([0, 1, 2], ""), ([9, 1, 2], "the name says 57"), ([1, 1, 2], "the name says 9")):
+    for labels, reason in (
+        ([0, 1, 2], ""),
+        ([9, 1, 2], "the name says 57"),
+        ([1, 1, 2], "the name says 9"),
+    ):
         (path.parent / "val_label.pkl").write_bytes(pickle.dumps((NAMES, labels)))
         if reason:
             with pytest.raises(ClipError, match=reason):
                 list(open_clips(path))
         else:
-            assert [(c.label, c.class_name) for c in open_clips(path)] == [(0, "clapping"), (1, "handshaking"), (2, "walking apart from each other")]
+            assert [(c.label, c.class_name) for c in open_clips(path)] == [
+                (0, "clapping"),
+                (1, "handshaking"),
+                (2, "walking apart from each other"),
+            ]
 
 
 @pytest.mark.parametrize("route", ["npy", "npz", "pyskl", "zip"])
 def test_processes_and_threads_read_side_by_side(tmp_path, route):
-    """An open file has one position: whoever shares it gets another clip's numbers under a clip's label."""
+    """An open file has one position: whoever shares it gets another clip's numbers under a
+    clip's label."""
     x = np.ones((200, 3, 30, 25, 2), np.float32) * (np.arange(200) + 1)[:, None, None, None, None]
     names, labels = [f"c{i}" for i in range(200)], list(range(200))
-    path = tmp_path / {"npy": "val_data_joint.npy", "npz": "a.npz", "pyskl": "a.pkl", "zip": "a.zip"}[route]
+    path = (
+        tmp_path
+        / {"npy": "val_data_joint.npy", "npz": "a.npz", "pyskl": "a.pkl", "zip": "a.zip"}[route]
+    )
     if route == "npy":
         np.save(path, x)
         (tmp_path / "val_label.pkl").write_bytes(pickle.dumps((names, labels)))
     elif route == "npz":
         np.savez(path, x_train=x.transpose(0, 2, 4, 3, 1).reshape(200, 30, 150), y_train=labels)
     elif route == "pyskl":
-        path.write_bytes(pickle.dumps([{"frame_dir": n, "label": i, "keypoint": x[i].transpose(3, 1, 2, 0).copy(), "total_frames": 30} for i, n in enumerate(names)]))
+        path.write_bytes(
+            pickle.dumps(
+                [
+                    {
+                        "frame_dir": n,
+                        "label": i,
+                        "keypoint": x[i].transpose(3, 1, 2, 0).copy(),
+                        "total_frames": 30,
+                    }
+                    for i, n in enumerate(names)
+                ]
+            )
+        )
     else:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
             for i, n in enumerate(names):
@@ -328,15 +450,22 @@ def test_an_array_of_millions_of_empty_rows_is_refused_at_once(tmp_path):
 
 
 def test_names_that_differ_in_their_folder_only(tmp_path):
-    rows = [{"frame_dir": f"{k}/v1.mp4", "label": 0, "keypoint": RAW[0], "total_frames": 8} for k in ("run", "walk")]
+    rows = [
+        {"frame_dir": f"{k}/v1.mp4", "label": 0, "keypoint": RAW[0], "total_frames": 8}
+        for k in ("run", "walk")
+    ]
     content = {"split": {"train": ["run/v1.mp4"], "val": ["walk/v1.mp4"]}, "annotations": rows}
     (tmp_path / "a.pkl").write_bytes(pickle.dumps(content))
     clips = open_clips(tmp_path / "a.pkl")
-    assert clips.names == ["run/v1.mp4", "walk/v1.mp4"] and [c.split for c in clips] == [{"official": "train"}, {"official": "test"}]
+    assert clips.names == ["run/v1.mp4", "walk/v1.mp4"] and [c.split for c in clips] == [
+        {"official": "train"},
+        {"official": "test"},
+    ]
 
 
 def test_ctrgcn_of_other_bodies(tmp_path):
-    """UAV-Human in CTR-GCN's form has 17 joints: the error says what it could be, and a skeleton settles it."""
+    """UAV-Human in CTR-GCN's form has 17 joints: the error says what it could be, and a
+    skeleton settles it."""
     x = RNG.normal(0, 1, (2, 30, 102)).astype(np.float32)
     x[:, 12:] = 0
     np.savez(tmp_path / "UAV.npz", x_train=x, y_train=np.eye(5)[[1, 4]])
@@ -344,7 +473,9 @@ def test_ctrgcn_of_other_bodies(tmp_path):
         open_clips(tmp_path / "UAV.npz")
     clips = open_clips(tmp_path / "UAV.npz", skeleton=SKELETONS["coco17"])
     assert clips[0].joints.shape == (2, 12, 17, 3) and [c.label for c in clips] == [1, 4]
-    np.testing.assert_array_equal(clips[1].joints, x[1, :12].reshape(12, 2, 17, 3).transpose(1, 0, 2, 3))
+    np.testing.assert_array_equal(
+        clips[1].joints, x[1, :12].reshape(12, 2, 17, 3).transpose(1, 0, 2, 3)
+    )
 
 
 def test_ctrgcn_class_names(tmp_path):
@@ -363,7 +494,9 @@ def test_a_folder_that_needs_a_word(tmp_path):
     with pytest.raises(ClipError, match="name one of them: xsub, xview"):
         open_clips(tmp_path / "both")
     write_npy(tmp_path / "bones", npy_array()[:, :, :5], "train_data_bone")
-    with pytest.raises(ClipError, match="has train_data_bone.npy, but no .*the joint file is what is needed"):
+    with pytest.raises(
+        ClipError, match="has train_data_bone.npy, but no .*the joint file is what is needed"
+    ):
         open_clips(tmp_path / "bones")
     np.save(tmp_path / "mine.npy", npy_array()[:, :, :5])
     with pytest.raises(ClipError, match="label.pkl is missing beside it .or give labels="):
@@ -377,23 +510,26 @@ def test_a_folder_that_needs_a_word(tmp_path):
     assert len(open_clips(tmp_path / "a.zip")) == 3  # in a zip they are read in place
 
 
-@pytest.mark.parametrize("change, reason", [
-    (lambda p: p.write_bytes(pickle.dumps({"annotations": []})), "no list of annotations"),
-    (lambda p: p.write_bytes(pickle.dumps(3)), "no list of annotations"),
-    (lambda p: p.write_bytes(pickle.dumps({"annotations": [None]})), "no list of annotations"),
-    (lambda p: p.write_bytes(b""), "cut off"),
-    (lambda p: p.write_bytes(write_pyskl(p).read_bytes()[:1000]), "cut off"),
-    (lambda p: write_pyskl(p, total_frames=99), "total_frames is 99"),
-    (lambda p: write_pyskl(p, label=-1), "label"),
-    (lambda p: write_pyskl(p, label="nine"), "label"),
-    (lambda p: write_pyskl(p, label=3), "name says"),
-    (lambda p: write_pyskl(p, keypoint=None), "keypoint is missing"),
-    (lambda p: write_pyskl(p, keypoint=[[1, 2]]), "must be an array"),
-    (lambda p: write_pyskl(p, [k[0] for k in RAW]), "must be an array of 4 axes"),
-    (lambda p: write_pyskl(p, [np.where(k > 1, np.nan, k) for k in RAW]), "not finite"),
-    (lambda p: write_pyskl(p, [np.zeros_like(k) for k in RAW]), "no body"),
-    (lambda p: write_pyskl(p, keypoint_score=np.zeros((1, 2, 3))), "like the joints"),
-])
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda p: p.write_bytes(pickle.dumps({"annotations": []})), "no list of annotations"),
+        (lambda p: p.write_bytes(pickle.dumps(3)), "no list of annotations"),
+        (lambda p: p.write_bytes(pickle.dumps({"annotations": [None]})), "no list of annotations"),
+        (lambda p: p.write_bytes(b""), "cut off"),
+        (lambda p: p.write_bytes(write_pyskl(p).read_bytes()[:1000]), "cut off"),
+        (lambda p: write_pyskl(p, total_frames=99), "total_frames is 99"),
+        (lambda p: write_pyskl(p, label=-1), "label"),
+        (lambda p: write_pyskl(p, label="nine"), "label"),
+        (lambda p: write_pyskl(p, label=3), "name says"),
+        (lambda p: write_pyskl(p, keypoint=None), "keypoint is missing"),
+        (lambda p: write_pyskl(p, keypoint=[[1, 2]]), "must be an array"),
+        (lambda p: write_pyskl(p, [k[0] for k in RAW]), "must be an array of 4 axes"),
+        (lambda p: write_pyskl(p, [np.where(k > 1, np.nan, k) for k in RAW]), "not finite"),
+        (lambda p: write_pyskl(p, [np.zeros_like(k) for k in RAW]), "no body"),
+        (lambda p: write_pyskl(p, keypoint_score=np.zeros((1, 2, 3))), "like the joints"),
+    ],
+)
 def test_bad_pyskl(tmp_path, change, reason):
     path = tmp_path / "a.pkl"
     change(path)
@@ -402,11 +538,16 @@ def test_bad_pyskl(tmp_path, change, reason):
 
 
 @pytest.mark.parametrize("arrays, reason", [
-    (dict(x_train=np.ones((2, 5, 149)), y_train=np.eye(2)), "no whole bodies"), (dict(x_train=np.ones((2, 5, 150)), y_train=np.eye(3)), "3 labels"),
-    (dict(x_train=np.ones((2, 150)), y_train=np.eye(2)), "must be"), (dict(x_train=np.ones((2, 5, 150)), y_train=np.ones((2, 2))), "one-hot"),
-    (dict(x_train=np.ones((2, 5, 150))), "missing"), (dict(x_train=np.ones((0, 5, 150)), y_train=np.ones((0, 2))), "no clips"),
-    (dict(x_train=np.array([None]), y_train=np.eye(1)), "pickle"), (dict(x_train=np.ones((1, 5, 150)), y_train=np.array([-1])), "labels|whole"),
-    (dict(x_train=np.zeros((1, 5, 150)), y_train=np.eye(1)), "no body"), (dict(x_train=np.full((1, 5, 150), np.inf), y_train=np.eye(1)), "finite"),
+    (dict(x_train=np.ones((2, 5, 149)), y_train=np.eye(2)), "no whole bodies"),
+    (dict(x_train=np.ones((2, 5, 150)), y_train=np.eye(3)), "3 labels"),
+    (dict(x_train=np.ones((2, 150)), y_train=np.eye(2)), "must be"),
+    (dict(x_train=np.ones((2, 5, 150)), y_train=np.ones((2, 2))), "one-hot"),
+    (dict(x_train=np.ones((2, 5, 150))), "missing"),
+    (dict(x_train=np.ones((0, 5, 150)), y_train=np.ones((0, 2))), "no clips"),
+    (dict(x_train=np.array([None]), y_train=np.eye(1)), "pickle"),
+    (dict(x_train=np.ones((1, 5, 150)), y_train=np.array([-1])), "labels|whole"),
+    (dict(x_train=np.zeros((1, 5, 150)), y_train=np.eye(1)), "no body"),
+    (dict(x_train=np.full((1, 5, 150), np.inf), y_train=np.eye(1)), "finite"),
 ])  # fmt: skip
 def test_bad_ctrgcn(tmp_path, arrays, reason):
     np.savez(tmp_path / "a.npz", **arrays)
@@ -419,8 +560,10 @@ def test_bad_npy(tmp_path):
     (tmp_path / "a/val_label.pkl").unlink()
     with pytest.raises(ClipError, match="val_label.pkl is missing"):
         open_clips(path)
-    for x, reason in ((npy_array()[0], "must be"), (npy_array()[:2], "2 clips, but val_label.pkl 3"), (npy_array().astype(complex), "plain array"),
-                      (np.asfortranarray(npy_array()), "plain array.*is in Fortran order")):  # fmt: skip
+    for x, reason in ((npy_array()[0], "must be"),
+                      (npy_array()[:2], "2 clips, but val_label.pkl 3"),
+                      (npy_array().astype(complex), "plain array"),
+                      (np.asfortranarray(npy_array()), "plain array.*is in Fortran order")):
         with pytest.raises(ClipError, match=reason):
             open_clips(write_npy(tmp_path / "b", x))
     path = write_npy(tmp_path / "c", npy_array())
@@ -495,13 +638,28 @@ def instructions(*parts):
 
 
 @pytest.mark.parametrize("data", [
-    instructions("cos\nsystem\n", "(S'true'\ntR."), instructions("(cos\nsystem\nS'true'\no."), instructions("(S'true'\nios\nsystem\n."),
-    instructions(b"\x80\x02cos\nsystem\n", "(S'true'\nt", b"\x81."), instructions("Pabc\n."), instructions(b"\x80\x02K\x01Q."),
-    instructions(b"\x80\x02\x82\x01."), instructions(b"\x80\x05", b"\x97."), instructions("cnumpy\ndtype\n(S'f8'\ntR}S'__class__'\nI1\nsb."),
-    instructions("cnumpy\ndtype\n}S'dtype'\nI1\nsb."), instructions("cbuiltins\nexec\n(S'1'\ntR."), instructions("c__builtin__\neval\n(S'1'\ntR."),
-    instructions("cnumpy.core.multiarray\n_reconstruct.__globals__\n."), instructions(b"\x80\x04\x8c\x05numpy\x8c\x0cdtype.__init__\x93."),
-    instructions(b"\x80\x04B\xff\xff\xff\xff."), instructions(b"\x80\x04\x8e", b"\xff" * 8, "."), instructions(b"\x80\x04r\xff\xff\xff\x7f."),
-    instructions(b"\x80\x04\x8b\xff\xff\xff\x7f."), instructions("L" + "9" * 5000 + "\n."), instructions(b"."), instructions(b"0."), instructions(b"\x80\xff."),
+    instructions("cos\nsystem\n", "(S'true'\ntR."),
+    instructions("(cos\nsystem\nS'true'\no."),
+    instructions("(S'true'\nios\nsystem\n."),
+    instructions(b"\x80\x02cos\nsystem\n", "(S'true'\nt", b"\x81."),
+    instructions("Pabc\n."),
+    instructions(b"\x80\x02K\x01Q."),
+    instructions(b"\x80\x02\x82\x01."),
+    instructions(b"\x80\x05", b"\x97."),
+    instructions("cnumpy\ndtype\n(S'f8'\ntR}S'__class__'\nI1\nsb."),
+    instructions("cnumpy\ndtype\n}S'dtype'\nI1\nsb."),
+    instructions("cbuiltins\nexec\n(S'1'\ntR."),
+    instructions("c__builtin__\neval\n(S'1'\ntR."),
+    instructions("cnumpy.core.multiarray\n_reconstruct.__globals__\n."),
+    instructions(b"\x80\x04\x8c\x05numpy\x8c\x0cdtype.__init__\x93."),
+    instructions(b"\x80\x04B\xff\xff\xff\xff."),
+    instructions(b"\x80\x04\x8e", b"\xff" * 8, "."),
+    instructions(b"\x80\x04r\xff\xff\xff\x7f."),
+    instructions(b"\x80\x04\x8b\xff\xff\xff\x7f."),
+    instructions("L" + "9" * 5000 + "\n."),
+    instructions(b"."),
+    instructions(b"0."),
+    instructions(b"\x80\xff."),
 ])  # fmt: skip
 def test_hostile_instructions(tmp_path, data):
     path = tmp_path / "a.pkl"
@@ -511,13 +669,21 @@ def test_hostile_instructions(tmp_path, data):
 
 
 def test_values_nested_without_end_are_refused_in_time(tmp_path):
-    """Forty lists, each of which holds the one before twice, are a few bytes, and as text a trillion characters."""
+    """Forty lists, each of which holds the one before twice, are a few bytes, and as text a
+    trillion characters."""
     nested = []
     for _ in range(40):
         nested = [nested, nested]
     row = {"frame_dir": "a", "keypoint": RAW[0], "total_frames": 8, "label": 0}
-    for bad in ({"label": nested}, {"total_frames": nested}, {"keypoint": nested}, {"img_shape": nested}):
-        (tmp_path / "a.pkl").write_bytes(pickle.dumps({"annotations": [{**row, **bad}], "split": {"train": nested}}))
+    for bad in (
+        {"label": nested},
+        {"total_frames": nested},
+        {"keypoint": nested},
+        {"img_shape": nested},
+    ):
+        (tmp_path / "a.pkl").write_bytes(
+            pickle.dumps({"annotations": [{**row, **bad}], "split": {"train": nested}})
+        )
         if "img_shape" in bad:
             assert open_clips(tmp_path / "a.pkl")[0].tags == {}
         else:
@@ -535,9 +701,27 @@ def test_nothing_unpickles_freely():
     for name in os.listdir(root):
         if name.endswith(".py"):
             text = open(os.path.join(root, name), encoding="utf-8").read()
-            for bad in ("pickle.load(", "pickle.loads(", "allow_pickle=True", "weights_only=False", "read_pickle", "joblib", "eval(", "exec("):
-                own = (".eval(", "load_pickle(", "pickle.loads(pickle.dumps(")  # the last: an object of this process, there and back
-                lines = [line for line in text.split("\n") if bad in line and not any(word in line for word in own)]
+            for bad in (
+                "pickle.load(",
+                "pickle.loads(",
+                "allow_pickle=True",
+                "weights_only=False",
+                "read_pickle",
+                "joblib",
+                "eval(",
+                "exec(",
+            ):
+                own = (
+                    ".eval(",
+                    "bn_eval(",
+                    "load_pickle(",
+                    "pickle.loads(pickle.dumps(",
+                )  # the last: an object of this process, there and back
+                lines = [
+                    line
+                    for line in text.split("\n")
+                    if bad in line and not any(word in line for word in own)
+                ]
                 assert not lines, (name, lines)
 
 
@@ -547,7 +731,9 @@ def test_fuzzed_pickles(tmp_path_factory, data):
     from test_clips import check_clip, mutations
 
     folder = tmp_path_factory.mktemp("fuzz")
-    path = write_pyskl(folder / "a.pkl", [k[:, :2, :3, :] for k in RAW], protocol=data.draw(st.integers(0, 5)))
+    path = write_pyskl(
+        folder / "a.pkl", [k[:, :2, :3, :] for k in RAW], protocol=data.draw(st.integers(0, 5))
+    )
     path.write_bytes(mutations(path.read_bytes(), data.draw))
     try:
         for clip in open_clips(path, errors="collect"):
@@ -576,14 +762,34 @@ def test_fuzzed_npz_and_labels(tmp_path_factory, data):
 
 
 def test_memory_stays_small(tmp_path):
-    """A file of 150 MB is opened and read in a process that may use little more than it needs for one clip."""
-    rows = [{"frame_dir": f"v{i}", "label": i % 7, "keypoint": np.ones((1, 5000, 25, 3), np.float32), "total_frames": 5000} for i in range(100)]
+    """A file of 150 MB is opened and read in a process that may use little more than it needs
+    for one clip."""
+    rows = [
+        {
+            "frame_dir": f"v{i}",
+            "label": i % 7,
+            "keypoint": np.ones((1, 5000, 25, 3), np.float32),
+            "total_frames": 5000,
+        }
+        for i in range(100)
+    ]
     (tmp_path / "big.pkl").write_bytes(pickle.dumps({"annotations": rows}))
-    code = ("import re, sys\nfrom stf.clips import open_clips\n"
-            "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', open('/proc/self/status').read())[1])\n"  # (ru_maxrss would count the parent's)
-            "base = peak()\nn = sum(c.joints.shape[1] for c in open_clips(sys.argv[1]))\nassert n == 500_000\n"
-            "print((peak() - base) // 1024)")
-    more = int(subprocess.run([sys.executable, "-c", code, str(tmp_path / "big.pkl")], check=True, capture_output=True, text=True).stdout)
+    code = (
+        "import re, sys\nfrom stf.clips import open_clips\n"
+        "status = lambda: open('/proc/self/status').read()\n"  # ru_maxrss would count the parent's
+        "peak = lambda: int(re.search(r'VmHWM:\\s*(\\d+)', status())[1])\n"
+        "base = peak()\nn = sum(c.joints.shape[1] for c in open_clips(sys.argv[1]))\n"
+        "assert n == 500_000\n"
+        "print((peak() - base) // 1024)"
+    )
+    more = int(
+        subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "big.pkl")],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+    )
     assert more < 60, f"{more} MiB"
 
 
@@ -601,10 +807,16 @@ def test_rows_of_a_lying_zip(tmp_path):
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_each_form_inside_a_zip(tmp_path, compression):
-    """pyskl's pickle, CTR-GCN's npz and MS-G3D's arrays with both parts, below a folder: the same clips as unpacked."""
-    sets = {"a": [write_pyskl(tmp_path / "a/ntu60_3danno.pkl")] if (tmp_path / "a").mkdir() is None else [],
-            "b": [write_ctrgcn(tmp_path / "b/NTU60_CS.npz")] if (tmp_path / "b").mkdir() is None else [],
-            "xsub": [write_npy(tmp_path / "xsub", npy_array()), write_npy(tmp_path / "xsub", npy_array(), "train_data_joint", [n.replace("R001", "R002") for n in NAMES])]}  # fmt: skip
+    """pyskl's pickle, CTR-GCN's npz and MS-G3D's arrays with both parts, below a folder: the
+    same clips as unpacked."""
+    sets = ("a", "b", "xsub")
+    for folder in sets[:2]:
+        (tmp_path / folder).mkdir()
+    write_pyskl(tmp_path / "a/ntu60_3danno.pkl")
+    write_ctrgcn(tmp_path / "b/NTU60_CS.npz")
+    write_npy(tmp_path / "xsub", npy_array())
+    names = [n.replace("R001", "R002") for n in NAMES]
+    write_npy(tmp_path / "xsub", npy_array(), "train_data_joint", names)
     for folder in sets:
         with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w", compression) as z:
             for path in sorted((tmp_path / folder).iterdir()):
@@ -631,14 +843,18 @@ def test_a_folder_with_one_file(tmp_path):
 
 def test_what_is_nothing_of_the_kind(tmp_path):
     (tmp_path / "a.txt").touch()
-    assert open_arrays(tmp_path, {"a.txt": (tmp_path / "a.txt",)}) is None and open_arrays(tmp_path / "a.txt", {"a.txt": (tmp_path / "a.txt",)}) is None
+    assert (
+        open_arrays(tmp_path, {"a.txt": (tmp_path / "a.txt",)}) is None
+        and open_arrays(tmp_path / "a.txt", {"a.txt": (tmp_path / "a.txt",)}) is None
+    )
 
 
 # ---------------------------------------------------------------- real files
 
 
 def test_real_ctrgcn(real_data):
-    """Eleven clips whose raw files are there, too: the same up to a move and the makers' noise rules."""
+    """Eleven clips whose raw files are there, too: the same up to a move and the makers' noise
+    rules."""
     path = real_data / "ntu-ctrgcn-npz/NTU60_CS.npz"
     if not path.exists():
         pytest.skip("CTR-GCN's file is not among the real recordings")
@@ -667,7 +883,8 @@ def test_real_golden_pairs(real_data, tmp_path):
 
 
 def test_real_routes_agree_when_preprocessed(real_data, tmp_path):
-    """A raw file, and what the published code made of it, read as users have them, are the same batch."""
+    """A raw file, and what the published code made of it, read as users have them, are the same
+    batch."""
     from stf.dataset import ClipStore
 
     name, golden = "S001C002P003R002A013", real_data / "ntu-msg3d-npy/golden_pairs.npz"
@@ -676,9 +893,13 @@ def test_real_routes_agree_when_preprocessed(real_data, tmp_path):
         pytest.skip("the golden pairs or their raw file are not among the real recordings")
     (tmp_path / "xsub").mkdir()
     np.save(tmp_path / "xsub/val_data_joint.npy", np.load(golden)["joint"])
-    (tmp_path / "xsub/val_label.pkl").write_bytes(pickle.dumps(([f"nturgb+d/{name}.skeleton"], [12]), 2))
-    batches = [ClipStore.build(open_clips(source), tmp_path / f"store{k}", progress=False).batch([0], preprocess="msg3d", length=300)
-               for k, source in enumerate((raw, tmp_path / "xsub"))]  # fmt: skip
+    (tmp_path / "xsub/val_label.pkl").write_bytes(
+        pickle.dumps(([f"nturgb+d/{name}.skeleton"], [12]), 2)
+    )
+    batches = []
+    for k, source in enumerate((raw, tmp_path / "xsub")):
+        store = ClipStore.build(open_clips(source), tmp_path / f"store{k}", progress=False)
+        batches.append(store.batch([0], preprocess="msg3d", length=300))
     np.testing.assert_allclose(batches[0].x.numpy(), batches[1].x.numpy(), atol=1e-5)
 
 

@@ -1,5 +1,8 @@
-"""`stf prepare` and `stf info`, as typed: what they say, what they leave behind, and how they end."""
+"""`stf prepare` and `stf info`, as typed: what they say, what they leave behind, and how they
+end."""
+
 import json
+import re
 import shutil
 import sys
 
@@ -16,7 +19,13 @@ from stf.dataset import ClipStore  # noqa: E402
 from stf.skeleton import SKELETONS, Skeleton  # noqa: E402
 from test_clips import TWO, UCLA, ntu_text  # noqa: E402
 
-DOG = Skeleton("dog", [f"j{i}" for i in range(7)], [(i, i - 1) for i in range(1, 7)], centre=0, height=(0, 1, 2))
+DOG = Skeleton(
+    "dog",
+    [f"j{i}" for i in range(7)],
+    [(i, i - 1) for i in range(1, 7)],
+    centre=0,
+    height=(0, 1, 2),
+)
 MISSING = "S001C002P005R002A008"  # on the official list
 
 
@@ -41,7 +50,9 @@ def stf(monkeypatch, tmp_path, capsys):
 def raw_files(folder, **more):
     folder.mkdir()
     for i in range(1, 7):
-        (folder / f"S001C00{1 + i % 3}P00{i}R001A00{1 + i % 2}.skeleton").write_text(ntu_text([["1"]] * 9, seed=i))
+        (folder / f"S001C00{1 + i % 3}P00{i}R001A00{1 + i % 2}.skeleton").write_text(
+            ntu_text([["1"]] * 9, seed=i)
+        )
     for name, data in more.items():
         (folder / f"{name}.skeleton").write_text(data)
 
@@ -50,22 +61,32 @@ def test_prepare_tells_what_it_found(stf, tmp_path):
     raw_files(tmp_path / "raw", S001C001P009R001A001=TWO[:900], **{MISSING: TWO})
     code, out, _ = stf("prepare raw store")
     assert code == 0
-    lines = dict(line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith("  "))
+    lines = dict(
+        line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith("  ")
+    )
     assert "NTU RGB+D .skeleton files: 8 clips, 25 joints" in out.splitlines()[0]
-    assert lines["clips"] == "6" and lines["classes"].startswith("2 (drink water, eat meal") and lines["frames"].startswith("9 to 9, median 9, 54")
-    assert "xsub: 4 training, 2 test" in lines["protocols"] and "xview: 4 training, 2 test" in lines["protocols"]
-    assert lines["not"].split()[-1] == "1" and MISSING in lines["left"] and lines["bodies"] == "1 a clip"
-    assert [line for line in out.splitlines() if "S001C001P009R001A001.skeleton: line" in line and "cut off" in line]
-    assert matplotlib.image.imread(tmp_path / "store/sheet.png").std() > 0.01  # not an empty picture
+    assert lines["clips"] == "6" and lines["classes"].startswith("2 (drink water, eat meal")
+    assert lines["frames"] == "9 to 9, median 9, 54 in all" and lines["bodies"] == "1 a clip"
+    for protocol in ("xsub", "xview"):
+        assert f"{protocol}: 4 training, 2 test" in lines["protocols"]
+    assert lines["unreadable"] == "1" and MISSING in lines["left"]
+    assert re.search(r"S001C001P009R001A001.skeleton: line .*cut off", out)
+    assert matplotlib.image.imread(tmp_path / "store/sheet.png").std() > 0.01  # not empty
     assert len(ClipStore(tmp_path / "store")) == 6  # the picture beside its files does no harm
     code, again, _ = stf("info store")
-    assert code == 0 and all(line in again for line in out.splitlines()[2:9]) and "   0 drink water" in again
+    assert code == 0 and all(line in again for line in out.splitlines()[2:9])
+    assert "   0 drink water" in again
+
 
 
 def test_strict_and_nothing_readable_end_with_2(stf, tmp_path):
     raw_files(tmp_path / "raw", S001C001P009R001A001=TWO[:900])
     code, _, err = stf("prepare raw store --strict")
-    assert code == 2 and "S001C001P009R001A001.skeleton: line" in err and not (tmp_path / "store").exists()
+    assert (
+        code == 2
+        and "S001C001P009R001A001.skeleton: line" in err
+        and not (tmp_path / "store").exists()
+    )
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad/a.skeleton").write_text("4\n")
     code, _, err = stf("prepare bad store")
@@ -78,17 +99,40 @@ def test_own_skeleton_from_a_file(stf, tmp_path):
     for folder in ("plain", "told"):
         (tmp_path / folder).mkdir()
     for i in range(4):
-        joints, words = np.random.default_rng(i).normal(0, 1, (1, 5, 7, 3)), ("sit", "roll over")[i % 2]
+        joints, words = (
+            np.random.default_rng(i).normal(0, 1, (1, 5, 7, 3)),
+            ("sit", "roll over")[i % 2],
+        )
         np.savez(tmp_path / f"plain/c{i}.npz", joints=joints, label=i % 2, class_name=words)
-        save_clip(Clip(joints, name=f"c{i}", label=i % 2, class_name=words, skeleton=DOG), tmp_path / f"told/c{i}.npz")
-    assert stf("prepare told from-told")[0] == 0 and ClipStore(tmp_path / "from-told").skeleton == DOG  # the file says it
+        save_clip(
+            Clip(joints, name=f"c{i}", label=i % 2, class_name=words, skeleton=DOG),
+            tmp_path / f"told/c{i}.npz",
+        )
+    assert (
+        stf("prepare told from-told")[0] == 0 and ClipStore(tmp_path / "from-told").skeleton == DOG
+    )  # the file says it
     code, _, err = stf("prepare plain store")
     assert code == 2 and "no skeleton" in err and "none with 7 joints is known" in err
-    about = {"name": "dog", "joints": DOG.joints, "bones": DOG.bones, "centre": 0, "height": DOG.height}
+    about = {
+        "name": "dog",
+        "joints": DOG.joints,
+        "bones": DOG.bones,
+        "centre": 0,
+        "height": DOG.height,
+    }
     (tmp_path / "dog.json").write_text(json.dumps(about))
     code, out, _ = stf("prepare plain store --skeleton dog.json")
-    assert code == 0 and "dog: 7 joints" in out and "none (give the clips a split" in out and ClipStore(tmp_path / "store").skeleton == DOG
-    for text, reason in (("cat", "no skeleton 'cat'"), ("bad.json", "describes no skeleton"), ("list.json", "describes no skeleton")):
+    assert (
+        code == 0
+        and "dog: 7 joints" in out
+        and "none: the clips have no split" in out
+        and ClipStore(tmp_path / "store").skeleton == DOG
+    )
+    for text, reason in (
+        ("cat", "no skeleton 'cat'"),
+        ("bad.json", "describes no skeleton"),
+        ("list.json", "describes no skeleton"),
+    ):
         (tmp_path / "bad.json").write_text(json.dumps({**about, "bones": [[0, 99]]}))
         (tmp_path / "list.json").write_text("[1]")
         code, _, err = stf(f"prepare plain other --skeleton {text}")
@@ -99,9 +143,12 @@ def test_two_kinds_in_one_folder(stf, tmp_path):
     raw_files(tmp_path / "raw")
     (tmp_path / "raw/a05_s03_e00_v02.json").write_text(json.dumps(UCLA))
     code, _, err = stf("prepare raw store")
-    assert code == 2 and "several kinds" in err and ".skeleton and a05_s03_e00_v02.json" in err.replace("a05_s03_e00_v02.json and S001C001P003R001A002.skeleton","x.skeleton and a05_s03_e00_v02.json")
+    assert code == 2 and "several kinds" in err and ".skeleton" in err and "v02.json" in err
     assert stf("prepare raw store --kind ntu")[0] == 0 and len(ClipStore(tmp_path / "store")) == 6
-    assert stf("prepare raw other --kind ucla")[0] == 0 and ClipStore(tmp_path / "other").skeleton == SKELETONS["kinect20"]
+    assert (
+        stf("prepare raw other --kind ucla")[0] == 0
+        and ClipStore(tmp_path / "other").skeleton == SKELETONS["kinect20"]
+    )
 
 
 def test_verify_names_the_damaged_file(stf, tmp_path):
@@ -121,7 +168,7 @@ def test_verify_names_the_damaged_file(stf, tmp_path):
         code, _, err = stf("info damaged --verify")
         assert code == 2 and name in err, err
     code, _, err = stf("info raw --verify")
-    assert code == 2 and "only stores" in err
+    assert code == 2 and "only a store" in err
 
 
 def test_info_on_recordings(stf, tmp_path):
@@ -139,4 +186,8 @@ def test_sheet_of_few_clips(tmp_path, clips):
     joints[:, :5] = 0
     made = [Clip(joints if i else joints[:1, -1:], name=f"c{i}", label=i) for i in range(clips)]
     store = ClipStore.build(made, tmp_path / "s", progress=False)
-    assert len(draw_sheet(store, tmp_path / "sheet.png")) == clips == len(set(draw_sheet(store, tmp_path / "sheet.png")))
+    assert (
+        len(draw_sheet(store, tmp_path / "sheet.png"))
+        == clips
+        == len(set(draw_sheet(store, tmp_path / "sheet.png")))
+    )

@@ -81,7 +81,7 @@ def test_every_exercise_has_a_solution():
     sections = dict(re.findall(r"^## (\w+).*?\n(.*?)(?=^## |\Z)", solved, re.M | re.S))
     for path in book.notebooks():
         text = next((s for _, s in book.cells(path) if "**Exercises.**" in s), "")
-        asked = re.findall(r"(?<!\d)(\d)\. ", text.partition("**Exercises.**")[2])
+        asked = re.findall(r"\s(\d)\. ", text.partition("**Exercises.**")[2])
         number = path.stem.partition("_")[0]
         answered = re.findall(r"\*\*(\d)\.\*\*", sections.get(number, ""))
         assert answered == asked, f"{path.stem}: exercises {asked}, solutions {answered}"
