@@ -53,7 +53,7 @@ def _show_store(store, **more):
         "clips": f"{len(store):,}",
         "classes": f"{len(classes):,}{some(classes)}",
         "skeleton": f"{layout.name}: {layout.num_joints} joints, {store.header['coordinates']}D",
-        "bodies": f"1 to {bodies.max()} a clip; {(bodies > 1).mean():.0%} of clips have more than one"
+        "bodies": f"1 to {bodies.max()} a clip; more than one in {(bodies > 1).mean():.0%}"
         if bodies.max() > 1
         else "1 a clip",
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",

@@ -273,6 +273,6 @@ def build_store(
         words = {int(label): word for label, word in words if word != f"class {label}"}
     total, left_out = getattr(clips, "__len__", int)(), {"refused": [], "skipped": []}
     with _written_aside(place) as aside:
-        items = tqdm(_read(clips, workers), "clips", total or None, disable=not progress)
-        clips = _accepted(items, frozenset(skip), strict, left_out)
-        _write_store(clips, aside, words, classes is not None, left_out)
+        with tqdm(_read(clips, workers), "clips", total or None, disable=not progress) as items:
+            clips = _accepted(items, frozenset(skip), strict, left_out)
+            _write_store(clips, aside, words, classes is not None, left_out)

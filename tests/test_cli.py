@@ -44,7 +44,7 @@ def test_mistakes_end_in_a_line_and_an_exit_code(tmp_path, monkeypatch, capsys, 
 
 def test_help_names_all_commands_without_torch():
     """PyTorch takes more than a second to import; `stf --help` must not wait for it."""
-    code = "import sys; from stf import cli; cli.call(['--help']); assert 'torch' not in sys.modules"
+    code = "import sys; from stf import cli; cli.call(['-h']); assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
