@@ -181,7 +181,7 @@ def test_numbers(name, monkeypatch):
         parts = np.split(f["values"], np.cumsum(f["sizes"])[:-1])
         stored = dict(zip(f["keys"].tolist(), parts))
     if name in ("foci", "losses", "traces"):
-        monkeypatch.setattr("stf.preparation.body_height", body_height)
+        monkeypatch.setattr("stf.preparation._body_height", body_height)
     computed, tolerance = ARRAYS[name](), 1e-5 if name in ("batches", "predictions") else 1e-8
     assert computed.keys() == stored.keys()
     for key, wanted in stored.items():

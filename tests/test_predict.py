@@ -320,7 +320,7 @@ def wrong(nets, raw, stf):
     ("cut.skeleton", 1, "it was cut off"),
     ("cut.npz", 1, "cut.npz"),
     ("half.json", 1, "half.json: "),
-    ("fake.zip", 1, "fake.zip: no .zip archive, or a damaged one"),
+    ("fake.zip", 1, "fake.zip: no archive of files, or a damaged one"),
     ("nobody.skeleton", 1, "no body in any frame"),
     ("other.npz", 2, "'kinect20', 20 joints; checkpoint"),
     ("good.skeleton --checkpoint absent", 2, "no checkpoint in absent"),
@@ -336,7 +336,7 @@ def wrong(nets, raw, stf):
     ("good.skeleton --json - --csv -", 2, "can't both"),
     ("good.skeleton --device warp", 2, "device 'warp' is not there"),
     ("good.skeleton --batch-size 0", 2, "at least 1"),
-    ("good.skeleton --skeleton octopus", 2, "'octopus' is not known"),
+    ("good.skeleton --skeleton octopus", 2, "no skeleton 'octopus'"),
 ])
 def test_wrong_input_has_its_reason_and_exit_code(wrong, stf, words, expected, reason):
     words += "" if "--checkpoint" in words else " --checkpoint JOINT"

@@ -112,7 +112,7 @@ def test_own_skeleton_from_a_file(stf, tmp_path):
         stf("prepare told from-told")[0] == 0 and ClipStore(tmp_path / "from-told").skeleton == DOG
     )  # the file says it
     code, _, err = stf("prepare plain store")
-    assert code == 2 and "no skeleton" in err and "none with 7 joints is known" in err
+    assert code == 2 and "no skeleton" in err and "none is known with 7 joints" in err
     about = {
         "name": "dog",
         "joints": DOG.joints,

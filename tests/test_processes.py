@@ -178,7 +178,7 @@ def test_started_from_a_notebook(tmp_path):
 def test_records_are_not_made_by_several_processes_of_a_launcher(tmp_path, monkeypatch):
     "Each of them would write; `run` alone shares a training."
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="without the launcher, in two terminals"):
+    with pytest.raises(ConfigError, match="without torchrun or accelerate launch"):
         ablation(tiny(tmp_path / "r"), rows=("M1",), results=tmp_path, store=TinyStore())
     assert not list(tmp_path.iterdir())
 
