@@ -500,7 +500,8 @@ def _many_files(files, kind, skeleton, errors, labels):
     told = skeleton or (layout and SKELETONS[layout])
     joints = [told.num_joints] if told else []
     if not told:  # the plain form may say it
-        with suppress(ClipError, LookupError), reading(files.open(members[0])) as (data, _):
+        first = files.open(members[0])
+        with suppress(ClipError, LookupError), reading(first, limit=1 << 28) as (data, _):
             first = _load_npz(data)
             joints, told = [first["joints"].shape[-2]], "skeleton" in first
     classes = {tags["action"] for tags in map(name_tags, names) if tags}

@@ -885,3 +885,9 @@ def test_real_kinetics(real):
     made[1, :T, :, :M] = ((0.5 - clip.joints[..., 1]) * seen).transpose(1, 2, 0)
     made[2, :T, :, :M] = clip.visible.transpose(1, 2, 0)
     np.testing.assert_allclose(made, golden, atol=1e-6)
+
+
+def test_the_summary_counts_the_joints_of_a_large_file(tmp_path):
+    """Above 64 MiB, which other formats are limited to."""
+    np.savez(tmp_path / "a.npz", joints=np.ones((1, 240_000, 25, 3), np.float32))
+    assert "25 joints" in open_clips(tmp_path).summary

@@ -19,7 +19,7 @@ from ..clips import Clip, ClipError
 from ..dataset import ClipStore, open_input
 from ..focus import resample_focus
 from ..plot import COLOURS, draw_adjacency, draw_focus, draw_links, draw_skeleton
-from ..predict import Predictor, place_focus, shipped_checkpoints
+from ..predict import Predictor, place_focus
 from ..preparation import prepare
 from ..skeleton import multi_scale_adjacency
 
@@ -364,8 +364,5 @@ def explore(
     ImportError without ipywidgets, ClipError or ValueError if there is no clip, and the errors of
     Predictor. Without a kernel (on a code host, in print) it shows as a still picture.
     """
-    predictor, clips = checkpoint, _named_clips(source)
-    if not isinstance(checkpoint, Predictor):
-        predictor = Predictor(checkpoint or shipped_checkpoints(), device)
     start = dict(azimuth=azimuth, elevation=elevation, module=module, links=links)
-    return Explorer(*clips, predictor, **start)
+    return Explorer(*_named_clips(source), Predictor(checkpoint, device), **start)
