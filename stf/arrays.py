@@ -323,8 +323,8 @@ def _ctrgcn(name, place, num_joints):
             could = [f"{m} × {v}" for m, v in pairs if size == 3 * m * v]
             could = f" (bodies × joints could be {' or '.join(could)})" if could else ""
             raise ValueError(f"x_{part}: {size} numbers a frame are no whole bodies of "
-                             f"{num_joints} joints × 3{could}: say which skeleton they have, "
-                             "open_clips(…, skeleton=…)")
+                             f"{num_joints} joints × 3{could}: say which skeleton they have: "
+                             "skeleton=…")
         index += [(x, i, {_protocol(Path(name).stem): part}) for i in range(len(x))]
         names += [f"{Path(name).stem}_{part}_{i:06d}" for i in range(len(x))]
         labels += y.tolist()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from inspect import signature
 from pathlib import Path
 from typing import Annotated, Literal
@@ -463,10 +463,20 @@ def call(
     tyro.cli(command, prog=prog, args=rest)
 
 # %% ../nbs/60_command_line.ipynb #0b12b8f2
+def _typed(error):
+    "An error's text with Python's options as they are typed: overwrite=True as --overwrite."
+    from stf.train import Config
+
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    names = "|".join([f.name for f in fields(Config)] + ["kind", "labels", "overwrite", "skeleton"])
+    option = lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3]}".removesuffix(" True")
+    return re.sub(rf"(?<![\w/])({names})=(?:'([^']*)'|([\w.…-]+))", option, str(error))
+
+
 def _fail(error, code):
-    "Print an error in one line, with Python's options as they are typed here; SystemExit."
-    typed = re.sub(r"\b([a-z_]+)=True\b", lambda m: "--" + m[1].replace("_", "-"), str(error))
-    print(f"stf: {typed}", file=sys.stderr)
+    "Print an error, and leave with an exit code."
+    print(f"stf: {_typed(error)}", file=sys.stderr)
     raise SystemExit(code) from None
 
 

@@ -592,6 +592,10 @@ def save_animation(
         raise ValueError(f"{path.name}: an animation is written as .gif, .html or .mp4")
     if ending == ".gif" and interval < 20:
         raise ValueError(f"{path.name}: a GIF shows at most 50 frames a second; take step=2")
+    if ending == ".mp4" and not animation.FFMpegWriter.isAvailable():
+        raise ValueError(f"{path.name}: .mp4 needs ffmpeg, which isn't installed; .html needs nothing")
+    if ending == ".mp4" and not animation.FFMpegWriter.isAvailable():
+        raise ValueError(f"{path.name}: .mp4 needs ffmpeg, which isn't installed; .html needs nothing")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         aside = Path(folder) / path.name
         anim.save(aside, writers[ending](fps=1000 / interval), dpi=dpi)

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib.animation import FFMpegWriter
 from tqdm.auto import tqdm
 from tyro.conf import Positional
 
@@ -331,9 +332,11 @@ _MOVIES = (".gif", ".html", ".mp4")
 _RECORDINGS = ".skeleton .json .npz .npy .pkl .pickle .zip .tar .gz .xz .bz2 .tgz".split()
 
 
-def _check_outputs(json, csv, animate, recordings):
+def _check_outputs(json, csv, animate, ending, recordings):
     "ConfigError for an output that can't be written, before anything is computed."
     movie = Path(animate)
+    if animate and ".mp4" in (movie.suffix, f".{ending}") and not FFMpegWriter.isAvailable():
+        raise ConfigError("an animation as .mp4 needs ffmpeg, which isn't installed; take .html")
     single = movie.suffix.lower() in _MOVIES and not movie.is_dir()
     for option, file in (("json", json), ("csv", csv), ("animate", animate if single else "")):
         path = Path(file)
@@ -435,7 +438,7 @@ def predict_command(
         except ClipError as e:
             failed.append(e)
     total = sum(map(len, opened))
-    _check_outputs(json, csv, animate, total)
+    _check_outputs(json, csv, animate, movie, total)
     focus, progress = bool(animate or json), sys.stderr.isatty()
     for found in predict_all(opened, predictor, batch_size, focus=focus, progress=progress):
         if isinstance(found, ClipError):

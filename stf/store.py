@@ -65,7 +65,7 @@ def read_header(folder) -> dict:
         header = json.loads(path.read_bytes())
         kind = header["format"], header["version"]
     except FileNotFoundError:
-        raise StoreError(f"{folder}: no store here; ClipStore.build makes one") from None
+        raise StoreError(f"{folder}: no store here; ClipStore.build (stf prepare) makes one") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path}: not the header of a store ({e!r}); {_CURE}") from e
     if kind != _KIND:
@@ -115,8 +115,7 @@ def check_alike(a, b):
     "StoreError unless two clips can stand in one batch or store."
     if b.skeleton is None:
         raise StoreError(f"clip {b.name!r} has no skeleton, and none is known with "
-                         f"{b.joints.shape[2]} joints: give it one: Clip(…, skeleton=…), "
-                         "open_clips(…, skeleton=…) or `stf prepare --skeleton`")
+                         f"{b.joints.shape[2]} joints: name it by skeleton=…")
     kinds = [(c.skeleton, c.joints.shape[3], c.tags.get("preprocessed") or "") for c in (a, b)]
     if kinds[0] != kinds[1]:
         a, b = (f"{clip.name!r} ({', '.join(filter(None, (body.name, f'{C} coordinates', done)))})"
@@ -262,7 +261,7 @@ def build_store(
         raise StoreError(f"workers must be 0 or more, got {workers}")
     place = Path(folder).expanduser().resolve()  # where a link points
     if os.path.exists(place) and not (overwrite and _is_store(place)):
-        why = "overwrite=True or --overwrite replaces it" if _is_store(place) else "it is no store"
+        why = "overwrite=True replaces it" if _is_store(place) else "it is no store"
         raise StoreError(f"{folder}: already exists ({why}); choose another name")
     if classes is not None:
         words = dict(enumerate(map(str, classes)))

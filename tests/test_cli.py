@@ -34,6 +34,8 @@ def typed(monkeypatch, *words):
     ("info {tmp}/none", "no checkpoint"), ("prepare {tmp}/none {tmp}/s", "none"),
     ("train ucla-small --lr -1", "lr must be of type float ≥ 0"),
     ("train ucla-small --no-such 1", "no-such"), ("trian", "trian"),
+    ("train ucla-small --bodies motion", "--bodies motion is for --preprocess paper"),
+    ("evaluate {tmp}/none.npz", "none.npz: No such file or directory"),
 ])
 def test_mistakes_end_in_a_line_and_an_exit_code(tmp_path, monkeypatch, capsys, words, message):
     with pytest.raises(SystemExit) as stop:
@@ -48,6 +50,19 @@ def test_help_names_all_commands_without_torch():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert all(f"  {command} " in done.stdout for command in cli.COMMANDS)
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("s: already exists (overwrite=True replaces it)", "s: already exists (--overwrite replaces it)"),
+    ("14 joints: name it by skeleton=…", "14 joints: name it by --skeleton …"),
+    ("needs model='stf': 'msg3d' has no β", "needs --model stf: 'msg3d' has no β"),
+    ("batch_size=4, accumulate=2: less", "--batch-size 4, --accumulate 2: less"),
+    ("k=3 of /data/x=1/a.npz", "k=3 of /data/x=1/a.npz"),
+])
+def test_options_in_messages_are_those_that_one_types(capsys, text, shown):
+    with pytest.raises(SystemExit):
+        cli._fail(ValueError(text), 1)
+    assert capsys.readouterr().err == f"stf: {shown}\n"
 
 
 def test_skeletons_are_named_alike_everywhere(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,6 +57,20 @@ def _difference(path, net, sizes=((1, 40), (3, 3), (2, 301))):
     return worst
 
 # %% ../../nbs/51_onnx.ipynb #65a0e597
+@contextmanager
+def _quiet(logger):
+    "Context without the notices of torch's exporter: missing torchvision, a deprecated LeafSpec."
+    logger = logging.getLogger(logger)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
 def export_onnx(
     network,  # a checkpoint's or run's folder, or a network
     path,  # the .onnx file to write
@@ -101,9 +116,7 @@ def export_onnx(
     names = ["logits"] + ["focus"] * focus + [f"G{i + 1}" for i in range(6)] * adjacencies
     example = torch.randn(2, net.in_channels, 40, net.skeleton.num_joints, net.num_bodies)
     free = {0: torch.export.Dim("clips"), 2: torch.export.Dim("frames", min=5)}
-    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    with _quiet("torch.onnx._internal.exporter._registration"), torch.no_grad():
         program = torch.onnx.export(
             exported, (example,), dynamo=True, dynamic_shapes=(free,), verbose=False,
             input_names=["x"], output_names=names, opset_version=18,
