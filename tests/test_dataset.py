@@ -22,6 +22,7 @@ from stf.dataset import (Batches, ClipStore, StoreError, load_batches, make_batc
                          splits, validation_split)  # fmt: skip
 from stf.preparation import STREAMS, Augment
 from stf.skeleton import SKELETONS
+from test_clips import ntu_text
 from test_preparation import FLAT, REAL, clip, needs_real, some
 
 
@@ -76,12 +77,12 @@ def test_what_is_stored_comes_before_the_rule(tmp_path):
     assert sides("x-view", *four) == [[], [0, 1, 2, 3]]
     assert sides("xsub", *four[:2], {}, {}) == [[1], [0]]  # two are on neither side
     assert sides("mine", *({"mine": s} for s in ("train", "val", "test"))) == [[0], [1, 2]]
-    for protocol, splits, message in (
+    for protocol, stored, message in (
         ("xmoon", four, "knows own, xsub, x-view, x-set"),
         ("mine", [{"mine": "Train"}], "protocol 'mine' gives 'Train' for clip"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):
-            sides(protocol, *splits)
+            sides(protocol, *stored)
     with pytest.raises(StoreError, match="put your own in Clip.split"):
         build(some(3), tmp_path / "t").split("xsub")
     for tags, protocol, side in (
@@ -169,6 +170,12 @@ def test_classes(tmp_path):
     assert build(mixed, tmp_path / "e").classes == ["wave"]
 
 
+def ending():
+    "A generator that ends at a bad file."
+    yield clip("a")
+    raise ClipError("b", "line 1", "bad")
+
+
 NAMED = lambda a, b: [clip("a", a, class_name="jump"), clip("b", b, class_name="hop")]
 KINECT = clip("kinect", skeleton=SKELETONS["kinect20"])
 FAR = [clip(f"c{i}") for i in range(300)]  # the odd one comes far from the first
@@ -180,7 +187,7 @@ UNFIT = [
     ([Clip(np.ones((1, 1, 7, 3)), name="seven", label=0)], "'seven' has no skeleton"),
     ([clip("a", None)], "a: label: has no label"),
     ([ClipError("b", "line 1", "bad")], "1 refused.*line 1: bad"),
-    ([clip("a"), {"joints": 1}], "got a dict where a Clip should be"),
+    (ending(), "b: line 1: bad"), ([clip("a"), {"joints": 1}], "got a dict where a Clip should be"),
     ([clip("a", tags={"x": object()})], "clip 'a': tags and split"),
     (NAMED(1, 1), "clip 'b' calls label 1 'hop', but it is 'jump' in clips before it"),
     ([clip(n, i, class_name="jump") for i, n in enumerate("ab")], "two labels have one"),
@@ -208,14 +215,6 @@ def test_what_cannot_be_read_is_left_out_and_listed(tmp_path):
     assert store.names == ["a"] and store.header["skipped"] == [missing.name]
     assert [*store.refused["path"]] == ["f.skeleton", "lost"]
     assert "has no label" in store.refused["reason"][1]
-
-    def generator():
-        yield clip("a")
-        raise ClipError("b", "line 1", "bad")
-
-    with pytest.raises(ClipError, match="b: line 1: bad"):  # a generator ends there
-        build(generator(), tmp_path / "t")
-    assert there(tmp_path) == ["s"]
 
 
 def test_damage_is_found(tmp_path):
@@ -349,20 +348,16 @@ def write_ntu(folder, n, bad=()):
     "n small NTU files of two frames; the bad ones are cut off."
     folder.mkdir()
     for i in range(n):
-        rng, lines = np.random.default_rng(i), ["2"]
-        for _ in range(2):
-            lines += ["1", "72057594037931101 0 1 1 1 1 0 0.02 0.2 2", "25"]
-            lines += [" ".join(f"{x:.6f}" for x in rng.normal(size=11)) + " 2" for _ in range(25)]
-        subject, repetition, action = i % 40 + 1, i // 40 % 99 + 1, i // 3960 * 3 + i % 3 + 1
-        name = f"S002C{i % 3 + 1:03d}P{subject:03d}R{repetition:03d}A{action:03d}.skeleton"
-        (folder / name).write_text("\n".join(lines[: 9 if i in bad else None]) + "\n")
+        name = f"S002C001P{i % 40 + 1:03d}R{i // 40 + 1:03d}A{i % 3 + 1:03d}.skeleton"
+        text = ntu_text([["1"]] * 2, seed=i)
+        (folder / name).write_text(text[:300] if i in bad else text)
     return folder
 
 
 def test_files_are_built_the_same_in_any_number_of_processes(tmp_path):
     source = write_ntu(tmp_path / "raw", 200, bad=(5, 150))
     one = build(open_clips(source), tmp_path / "one")
-    assert len(one) == 198 and "line 9" in one.refused["place"][0]
+    assert len(one) == 198 and "line" in one.refused["place"][0]
     assert one.refused["path"][1].startswith(str(source))
     build(str(source), tmp_path / "two", workers=2)  # a path will do
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
@@ -466,9 +461,8 @@ def test_a_view_is_a_store_of_its_clips(tmp_path):
     clips, picks = some(30, split={"mine": "train"}), np.array([20, 3, 3, 11])
     store = build(clips, tmp_path / "s", classes=["run", "hop", "sit"])
     view = store.subset(picks)
-    assert view.names == [store.names[i] for i in picks] and view.classes == store.classes
     for back, n in zip(view, picks):
-        assert np.array_equal(back.joints, clips[n].joints)
+        assert np.array_equal(back.joints, clips[n].joints) and back.name == clips[n].name
         assert back.label == clips[n].label and back.split == {"mine": "train"}
     assert torch.equal(view.batch([3, 0], length=9).x, store.batch([11, 20], length=9).x)
     again = pickle.loads(pickle.dumps(view))
@@ -495,11 +489,9 @@ def test_class_subsets_and_label_maps(tmp_path):
         kept = build(view, tmp_path / view.classes[0])
         assert kept.classes == view.classes and np.array_equal(kept.labels, view.labels)
     for wrong, message in (
-        (lambda: store.subset(classes=["ran"]), "no class 'ran'.*did you mean 'run'"),
         (lambda: store.subset(classes=[3]), "no class 3"),
         (lambda: store.relabel(["a"]), "3 classes"),
         (lambda: store.subset(classes=["run", 0]), "named twice"),
-        (lambda: store.relabel({0: "x"}, classes=["y"]), "'x' is not in the given list"),
         (lambda: store.relabel([None] * 3), "no clip is left"),
         (lambda: store.subset([0], classes=["hop"]), "no clip is left"),
     ):  # fmt: skip
