@@ -194,6 +194,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'stf.dataset._check_indices': ('dataset.html#_check_indices', 'stf/dataset.py'),
                              'stf.dataset._class_name': ('dataset.html#_class_name', 'stf/dataset.py'),
                              'stf.dataset._fraction': ('dataset.html#_fraction', 'stf/dataset.py'),
+                             'stf.dataset._new_classes': ('dataset.html#_new_classes', 'stf/dataset.py'),
                              'stf.dataset._shuffled': ('dataset.html#_shuffled', 'stf/dataset.py'),
                              'stf.dataset._sides': ('dataset.html#_sides', 'stf/dataset.py'),
                              'stf.dataset.load_batches': ('dataset.html#load_batches', 'stf/dataset.py'),

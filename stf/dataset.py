@@ -121,6 +121,22 @@ def _class_name(store, given):
                          f"{' or '.join(map(repr, near))}?")
     return known[given]
 
+
+def _new_classes(store, to, classes):
+    "(new name of each of a store's classes or None, {new name: new label}), as `relabel` says."
+    if not isinstance(to, dict) and (isinstance(to, str) or len(to) != len(store.classes)):
+        raise StoreError(f"{store.folder}: a list of new names must have one for each of the "
+                         f"{len(store.classes)} classes, None to leave it out")
+    given = to.items() if isinstance(to, dict) else enumerate(to)
+    to = {_class_name(store, c): None if name is None else str(name) for c, name in given}
+    to = {c: c for c in store.classes} | to
+    names = to.values() if classes is None else map(str, classes)
+    new = {name: k for k, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
+    if missing := [name for name in to.values() if name not in (None, *new)]:
+        raise StoreError(f"{store.folder}: class {missing[0]!r} is not in the given list of "
+                         "classes; name it there, or map it to None")
+    return [to[name] for name in store.classes], new
+
 # %% ../nbs/14_dataset.ipynb #fb654d11
 class ClipStore:
     """Clips in a folder: one copy in true length for all protocols and streams, memory-mapped.
@@ -257,18 +273,7 @@ class ClipStore:
         classes=None,  # the new names in the order of network outputs; None: as the old ones
     ):
         "A view under other classes. StoreError for a class that isn't there."
-        if not isinstance(to, dict) and (isinstance(to, str) or len(to) != len(self.classes)):
-            raise StoreError(f"{self.folder}: a list of new names must have one for each of the "
-                             f"{len(self.classes)} classes, None to leave it out")
-        given = to.items() if isinstance(to, dict) else enumerate(to)
-        to = {_class_name(self, c): None if name is None else str(name) for c, name in given}
-        to = {c: c for c in self.classes} | to
-        names = to.values() if classes is None else map(str, classes)
-        new = {name: k for k, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
-        if missing := [name for name in to.values() if name not in (None, *new)]:
-            raise StoreError(f"{self.folder}: class {missing[0]!r} is not in the given list of "
-                             "classes; name it there, or map it to None")
-        names = [to[name] for name in self.classes]
+        names, new = _new_classes(self, to, classes)
         index = [clip | {"label": new[names[k]], "class_name": names[k]}
                  for clip, k in zip(self.index, self.labels) if names[k] is not None]
         return self._view(index, [{"label": k, "name": name} for name, k in new.items()])
