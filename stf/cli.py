@@ -148,14 +148,14 @@ def info(
         verify: read a whole store and compare it with the checksums taken when it was built
     """
     from stf.checkpoints import ConfigError, read_header
-    from stf.dataset import ClipStore, open_input, verify_store
+    from stf.dataset import ClipStore, open_input
     from stf.train import Config, Run, presets
 
     folder = Path(what)
     if verify:
         if not (folder / "header.json").exists():
             raise ConfigError(f"{what}: only a store (with a header.json) has checksums to verify")
-        files = verify_store(folder)["files"].values()
+        files = ClipStore(folder, verify=True).header["files"].values()
         size = sum(file["bytes"] for file in files)
         print(f"{what}: all {len(files)} files ({size:,} bytes) are as they were when it was built")
     elif not what:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'protocol_name', 'protocol_side', 'Batch', 'make_batch', 'ClipStore', 'open_input', 'validation_split',
-           'fraction', 'splits', 'epoch_batches', 'Batches', 'load_batches', 'verify_store']
+           'splits', 'Batches', 'load_batches']
 
 # %% ../nbs/14_dataset.ipynb #17dd3f81
 import difflib
@@ -26,9 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from .clips import Clip, ClipError, name_tags, open_clips
 from .preparation import prepare
 from .skeleton import Skeleton
-from .store import StoreError, build_store, check_alike, read_header, sign, verify_store
-
-_all_ = ["verify_store"]  # importable from here, too
+from .store import StoreError, build_store, check_alike, read_header, sign
 
 # %% ../nbs/14_dataset.ipynb #949235bf
 _NTU_TRAINING_SUBJECTS = {
@@ -88,6 +86,57 @@ def make_batch(
     x, y = torch.from_numpy(np.stack(x)), torch.as_tensor(np.asarray(labels, np.int64))
     return Batch(x.to(device, dtype), y.to(device))
 
+# %% ../nbs/14_dataset.ipynb #fb650a01
+def _sides(store, protocol):
+    "Side of each clip of a store, train, test or None: as `ClipStore.split` says."
+    name = protocol if callable(protocol) else protocol_name(protocol)
+    splits = [{protocol_name(k): v for k, v in clip["split"].items()} for clip in store.index]
+    stored = {key for split in splits for key in split}
+    what = f"{store.folder}: " + ("the rule" if callable(protocol) else f"protocol {name!r}")
+    if listed := name in stored:
+        sides = [split.get(name) for split in splits]
+    else:
+        rule = protocol if callable(protocol) else partial(protocol_side, protocol=name)
+        sides = [rule(store._tags(i)) for i in range(len(store))]
+    for clip, side in zip(store.names, sides):
+        if side not in (None, "train", "val", "test"):
+            raise StoreError(f"{what} gives {side!r} for clip {clip!r}; it must give 'train', "
+                             "'test' or None")
+    lost = [clip for clip, side in zip(store.names, sides) if side is None]
+    if len(lost) == len(store) or (lost and not listed and not callable(protocol)):
+        rules = [p for k, p in PROTOCOLS.items()
+                 if k not in stored and protocol_side(store._tags(0), k)]  # fmt: skip
+        raise StoreError(f"{what} doesn't apply to {len(lost)} clips, such as {lost[0]!r}; the "
+                         f"store knows {', '.join(sorted(stored) + rules) or 'none'}; put your own "
+                         "in Clip.split, or pass a function")
+    return ["test" if side == "val" else side for side in sides]
+
+
+def _class_name(store, given):
+    "Name of a store's class given by name or number; StoreError with the closest name."
+    known = dict(enumerate(store.classes)) | {name: name for name in store.classes}
+    if given not in known:
+        near = difflib.get_close_matches(str(given), store.classes, 1, 0.5) or store.classes[:5]
+        raise StoreError(f"{store.folder}: no class {given!r} in this store; did you mean "
+                         f"{' or '.join(map(repr, near))}?")
+    return known[given]
+
+
+def _new_classes(store, to, classes):
+    "(new name of each of a store's classes or None, {new name: new label}), as `relabel` says."
+    if not isinstance(to, dict) and (isinstance(to, str) or len(to) != len(store.classes)):
+        raise StoreError(f"{store.folder}: a list of new names must have one for each of the "
+                         f"{len(store.classes)} classes, None to leave it out")
+    given = to.items() if isinstance(to, dict) else enumerate(to)
+    to = {_class_name(store, c): None if name is None else str(name) for c, name in given}
+    to = {c: c for c in store.classes} | to
+    names = to.values() if classes is None else map(str, classes)
+    new = {name: k for k, name in enumerate(dict.fromkeys(n for n in names if n is not None))}
+    if missing := [name for name in to.values() if name not in (None, *new)]:
+        raise StoreError(f"{store.folder}: class {missing[0]!r} is not in the given list of "
+                         "classes; name it there, or map it to None")
+    return [to[name] for name in store.classes], new
+
 # %% ../nbs/14_dataset.ipynb #fb654d11
 class ClipStore:
     """Clips in a folder: one copy in true length for all protocols and streams, memory-mapped.
@@ -96,9 +145,9 @@ class ClipStore:
     (N,) how many, `skeleton`, `header`; store[i] is a Clip. StoreError for a damaged store.
     """
 
-    def __init__(self, folder):
+    def __init__(self, folder, verify: bool = False):  # verify: compare all bytes, too
         self.folder = Path(folder).expanduser()
-        self.header = read_header(self.folder)
+        self.header = read_header(self.folder, verify)
         self.skeleton = Skeleton(**self.header["skeleton"])
         try:
             lines = (self.folder / "clips.jsonl").read_bytes().splitlines()
@@ -181,15 +230,10 @@ class ClipStore:
     def batch(
         self,
         indices=None,  # clip numbers, or a mask (N,); None: all
-        stream: str = "joint",  # joint, bone, joint-motion or bone-motion
-        preprocess: str = "paper",  # paper or msg3d
-        length: int = 300,  # T
-        num_bodies: int = 2,  # M
-        **options,  # of make_batch
+        **options,  # of make_batch and prepare: stream, preprocess, length, num_bodies, …
     ) -> Batch:
         "x (N,C,T,V,M) and y (N,) of some clips. ValueError for options that don't fit."
         indices = _check_indices(indices, len(self))
-        options |= dict(stream=stream, preprocess=preprocess, length=length, num_bodies=num_bodies)
         return make_batch(map(self._read, indices), self.labels[indices], indices, **options)
 
     def split(
@@ -201,27 +245,8 @@ class ClipStore:
         A function gets tags with name, label (as in `labels`) and class_name, and returns "train",
         "test" or None. StoreError for a protocol that doesn't apply.
         """
-        own = callable(protocol)
-        name = protocol if own else protocol_name(protocol)
-        splits = [{protocol_name(k): v for k, v in c["split"].items()} for c in self.index]
-        stored, sides = {key for split in splits for key in split}, []
-        rule = protocol if own else partial(protocol_side, protocol=name)
-        listed = not own and name in stored
-        what = f"{self.folder}: " + ("the rule" if own else f"protocol {name!r}")
-        for i, split in enumerate(splits):
-            side = split.get(name) if listed else rule(self._tags(i))
-            if side not in (None, "train", "val", "test"):
-                raise StoreError(f"{what} gives {side!r} for clip {self.names[i]!r}; it must give "
-                                 "'train', 'test' or None")
-            sides.append("test" if side == "val" else side)
-        lost = [name for name, side in zip(self.names, sides) if side is None]
-        if len(lost) == len(self) or (lost and not own and not listed):
-            rules = [p for p in PROTOCOLS.values() if protocol_name(p) not in stored
-                     and protocol_side(self._tags(0), p)]  # fmt: skip
-            known = ", ".join(sorted(stored) + rules) or "none"
-            raise StoreError(f"{what} doesn't apply to {len(lost)} clips, such as {lost[0]!r}; the "
-                             f"store knows {known}; put your own in Clip.split, or pass a function")
-        return tuple(np.flatnonzero([s == side for s in sides]) for side in ("train", "test"))
+        sides = np.array(_sides(self, protocol), dtype=object)
+        return tuple(np.flatnonzero(sides == side) for side in ("train", "test"))
 
     def subset(
         self,
@@ -232,11 +257,12 @@ class ClipStore:
 
         A random variant depends on a clip's number in the view.
         """
-        view = self._view(_check_indices(indices, len(self)))
+        index = [self.index[i] for i in _check_indices(indices, len(self))]
+        view = self._view(index, self.header["classes"])
         if classes is None:
             return view
         classes = [classes] if isinstance(classes, (str, int, np.integer)) else classes
-        chosen = [self._class(c) for c in classes]
+        chosen = [_class_name(self, c) for c in classes]
         if len({*chosen}) < len(chosen):
             raise StoreError(f"{self.folder}: a class is named twice: {chosen}")
         return view.relabel({c: None for c in self.classes if c not in chosen}, chosen)
@@ -247,41 +273,19 @@ class ClipStore:
         classes=None,  # the new names in the order of network outputs; None: as the old ones
     ):
         "A view under other classes. StoreError for a class that isn't there."
-        if not isinstance(to, dict) and (isinstance(to, str) or len(to) != len(self.classes)):
-            raise StoreError(f"{self.folder}: a list of new names must have one for each of the "
-                             f"{len(self.classes)} classes, None to leave it out")
-        to = to.items() if isinstance(to, dict) else enumerate(to)
-        to = {c: c for c in self.classes} | {self._class(c): name for c, name in to}
-        classes = [*dict.fromkeys(to.values() if classes is None else classes)]
-        classes = [name for name in classes if name is not None]
-        if missing := [name for name in to.values() if name not in (None, *classes)]:
-            raise StoreError(f"{self.folder}: class {missing[0]!r} is not in the given list of "
-                             "classes; name it there, or map it to None")
-        new = np.array([-1 if name is None else classes.index(name) for name in to.values()])
-        labels = new[self.labels]
-        return self._view(np.flatnonzero(labels >= 0), labels, classes)
+        names, new = _new_classes(self, to, classes)
+        index = [clip | {"label": new[names[k]], "class_name": names[k]}
+                 for clip, k in zip(self.index, self.labels) if names[k] is not None]
+        return self._view(index, [{"label": k, "name": name} for name, k in new.items()])
 
-    def _class(self, given):
-        "Name of a class given by name or number; StoreError with the closest name."
-        by_number = dict(enumerate(self.classes)) | {name: name for name in self.classes}
-        if given not in by_number:
-            near = difflib.get_close_matches(str(given), self.classes, 1, 0.5) or self.classes[:5]
-            raise StoreError(f"{self.folder}: no class {given!r} in this store; did you mean "
-                             f"{' or '.join(map(repr, near))}?")
-        return by_number[given]
-
-    def _view(self, of, labels=None, classes=None):
-        "The same files, of some clips, perhaps under other labels (of all clips) and classes."
-        if not len(of):
+    def _view(self, index, classes):
+        "The same files under some lines of clips.jsonl, and the header's classes."
+        if not index:
             raise StoreError(f"{self.folder}: no clip is left")
-        view, index, table = copy(self), [self.index[i] for i in of], self.header["classes"]
-        if classes is not None:
-            table = [{"label": k, "name": str(name)} for k, name in enumerate(classes)]
-            new = [{"label": int(labels[i]), "class_name": str(classes[labels[i]])} for i in of]
-            index = [clip | about for clip, about in zip(index, new)]
-        view._use(index, table)
+        view = copy(self)
+        view._use(index, classes)
         own = sign({"names": view.names, "labels": view.labels})["checksum"]
-        view.header = sign({**self.header, "clips": len(of), "classes": table, "view": own})
+        view.header = sign({**self.header, "clips": len(index), "classes": classes, "view": own})
         return view
 
     @classmethod
@@ -344,23 +348,17 @@ def validation_split(
         held += groups[group] if len(held) < part * len(train) else []
     return np.setdiff1d(train, held), np.sort(np.array(held, dtype=np.int64))
 
-
-def fraction(
-    store: ClipStore,
-    train,  # clip numbers of the training side
-    p: float,  # 0 < p ≤ 1
-    seed: int = 0,
-    stratified: bool = False,  # the same part of each class, at least one clip of each
-) -> np.ndarray:  # int64 clip numbers, sorted
-    "A random part of the training clips; with one seed, a smaller part lies within a larger one."
-    if not 0 < p <= 1:
-        raise ValueError(f"p is a part of the clips, 0 < p ≤ 1 (10 % is 0.1); got {p!r}")
-    order = np.array(_shuffled(_check_indices(train, len(store.labels)), seed))
-    of = store.labels[order] if stratified else np.zeros(len(order))
-    groups = [order[of == k] for k in np.unique(of)]
-    return np.sort(np.concatenate([g[: max(1, int(p * len(g) + 0.5))] for g in groups]))
-
 # %% ../nbs/14_dataset.ipynb #f3027ec1
+def _fraction(labels, clips, share, seed, stratified):
+    "A random part of some clips, sorted; with one seed, a smaller part lies within a larger one."
+    if not 0 < share <= 1:
+        raise ValueError(f"share is a part of the clips, 0 < share ≤ 1 (10 % is 0.1); got {share}")
+    order = np.array(_shuffled(clips, seed))
+    of = labels[order] if stratified else np.zeros(len(order))
+    groups = [order[of == k] for k in np.unique(of)]
+    return np.sort(np.concatenate([g[: max(1, int(share * len(g) + 0.5))] for g in groups]))
+
+
 def splits(
     store: ClipStore,
     protocol: str,  # as for ClipStore.split
@@ -375,10 +373,8 @@ def splits(
         raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test "
                          "clips")
     labels = np.asarray(store.labels)
-    for i in train[(labels[train] < 0) | (labels[train] >= len(store.classes))][:1]:
-        raise StoreError(f"clip {store.names[i]!r} is a training clip, but its label is no class")
     if share != 1:
-        train = fraction(store, train, share, seed, stratified)
+        train = _fraction(labels, train, share, seed, stratified)
     kept, rng = np.zeros(len(train), dtype=bool), np.random.default_rng([seed, 1])
     for label in np.unique(labels[train]) if validation else ():
         of_class = rng.permutation(np.flatnonzero(labels[train] == label))
@@ -389,12 +385,6 @@ def splits(
     return train[~kept], train[kept], test
 
 # %% ../nbs/14_dataset.ipynb #6c632322
-def epoch_batches(clips, batch_size: int, seed: int, epoch: int) -> list:
-    "An epoch's clips in random order, each once, in batches whose sizes differ by at most one."
-    order = np.random.default_rng([seed, epoch]).permutation(np.asarray(clips, dtype=np.int64))
-    return np.array_split(order, max(1, -(-len(order) // batch_size)))
-
-
 class Batches(Dataset):
     """The micro-batches (x, y) of an epoch, in order: a function of (seed, epoch) alone.
 
@@ -414,7 +404,8 @@ class Batches(Dataset):
 
     def set_epoch(self, epoch: int):
         "Order the clips, and draw their variants, as this epoch does."
-        self.steps = epoch_batches(self.clips, self.batch_size, self.seed, epoch)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.clips)
+        self.steps = np.array_split(order, -(-len(order) // self.batch_size))
         self.micro = [part for step in self.steps for part in np.array_split(step, self.parts)]
         if self.augment:
             self.options |= {"augment": self.augment, "seed": (self.seed, epoch)}

@@ -34,13 +34,8 @@ def test_raw_files_are_classified_by_the_shipped_networks(ntu_store, name):
     """Its answers mean little (it knows twenty synthetic actions); that it answers, finitely,
     is the point."""
     net, header = load_checkpoint(WEIGHTS / name)
-    x, _ = ntu_store.batch(
-        range(len(ntu_store)),
-        header["stream"],
-        header["preprocess"],
-        header["length"],
-        header["num_bodies"],
-    )
+    options = ("stream", "preprocess", "length", "num_bodies")
+    x, _ = ntu_store.batch(range(len(ntu_store)), **{k: header[k] for k in options})
     with torch.no_grad():
         p = net(x).softmax(1)
     assert p.shape == (len(ntu_store), len(header["classes"])) and torch.isfinite(p).all()

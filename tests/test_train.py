@@ -25,7 +25,7 @@ from stf.backbone import MSG3D
 from stf.checkpoints import (CheckpointError, ConfigError, build_network, load_checkpoint, publish,
                              read_header, save_checkpoint, start_from)
 from stf.clips import Clip, class_names
-from stf.dataset import ClipStore, epoch_batches
+from stf.dataset import Batches, ClipStore
 from stf.evaluate import Scores, top_k
 from stf.preparation import Augment
 from stf.process import in_use, one_accelerator
@@ -490,7 +490,9 @@ def test_only_the_head_is_trained_and_other_classes_get_a_fresh_one(tmp_path, wh
 
 
 def test_nan_names_the_clips_and_leaves_the_last_checkpoint(tmp_path, whole):
-    bad = epoch_batches(np.arange(14), 5, 0, 1)[1][0]  # a clip of epoch 2, step 2
+    batches = Batches(TinyStore(), np.arange(14), 5)
+    batches.set_epoch(1)
+    bad = batches.steps[1][0]  # a clip of epoch 2, step 2
     good = go(tmp_path / "good", epochs=1)
     with pytest.raises(FloatingPointError, match=rf"epoch 2, step 2: .*this step: .*clip{bad}\b"):
         go(tmp_path / "n", spoilt(bad, after=3))
