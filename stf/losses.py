@@ -108,7 +108,7 @@ class LossWeights:
             if not 0 <= value < float("inf"):
                 raise ValueError(f"the weight {name!r} must be a finite number ≥ 0, got {value!r}")
 
-# %% ../nbs/04_losses.ipynb #456dda49
+
 def permute_focus(
     q: torch.Tensor,  # (N,M,T',V)
     present: torch.Tensor,  # (N,M) bool

@@ -91,7 +91,7 @@ def trained(tmp_path_factory):
     return go(tmp_path_factory.mktemp("run") / "run", **OPTIONS)
 
 
-def test_resume_is_exact_with_dropout(trained, tmp_path, interruptible):
+def test_resume_is_exact_with_dropout(trained, tmp_path, interruptible):  # noqa: F811
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "run", pressing(4), **OPTIONS)
     assert trained.config.dropout > 0 and equal(go(tmp_path / "run", **OPTIONS), trained)
