@@ -28,6 +28,7 @@ TINY = dict(widths=(4, 6, 8), layers=(1, 1, 1))
 NTU, OPENPOSE = SKELETONS["ntu25"], SKELETONS["openpose18"]
 DOG = Skeleton("dog", ("nose", "neck", "hip", "tail"), ((0, 1), (2, 1), (3, 2)), 1, (0, 1, 2))
 FOUR = torch.arange(4)
+each_network = pytest.mark.parametrize("make, sizes", [(STFNet, SMALL), (STGCN, TINY)])
 
 
 def notebook(stem, *starts):
@@ -94,7 +95,7 @@ def test_golden_logits():
         assert (net(x) - golden).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("make, sizes", [(STFNet, SMALL), (STGCN, TINY)], ids=["stf", "stgcn"])
+@each_network
 @pytest.mark.parametrize("name, T, M", [("dog", 1, 1), ("dog", 33, 3), ("openpose18", 2, 1),
                                         ("openpose18", 7, 2), ("coco17", 8, 3),
                                         ("kinect20", 7, 2), ("ntu25", 1, 2)])  # fmt: skip
@@ -139,7 +140,7 @@ def test_sizes_that_cannot_be(make, sizes, message):
         make(5, DOG, **sizes)
 
 
-@pytest.mark.parametrize("make, sizes", [(MSG3D, SMALL), (STGCN, TINY)], ids=["msg3d", "stgcn"])
+@each_network
 def test_input_and_maps_that_do_not_fit(make, sizes):
     net = make(5, DOG, 3, 1, **sizes)
     for shape in ((2, 3, 8, 25, 1), (2, 4, 8, 4, 1), (2, 3, 8, 4, 2)):
@@ -176,9 +177,10 @@ def test_each_option_runs_and_differs(net):
             value(**wrong)
 
 
-@pytest.mark.parametrize("model", ["stf", "stgcn"])
-def test_losses_of_an_empty_clip_under_autocast_and_guided(net, model):
-    net, seen = net if model == "stf" else STGCN(6, NTU, 4, widths=(8, 16, 32)), []
+@each_network
+def test_losses_of_an_empty_clip_under_autocast_and_guided(make, sizes):
+    torch.manual_seed(0)
+    net, seen = stirred(make(6, NTU, 4, **sizes), 0.1), []
     x, weights = clips(net), LossWeights(g=0.01 * net.has_beta)
     x[1] = 0  # nobody
     with torch.autocast("cpu", torch.bfloat16):
@@ -188,15 +190,14 @@ def test_losses_of_an_empty_clip_under_autocast_and_guided(net, model):
     total = terms["ce"] + sum(getattr(weights, k) * terms[k] for k in "edcg" if k in terms)
     assert torch.isclose(terms["loss"], total) and terms["ce"] == F.cross_entropy(net(x), FOUR)
     for guide in (False, True):  # which stops the gradient of the higher map
-        net.zero_grad()
+        net.train().zero_grad()
         STFLoss(net, LossWeights(0, 0, 1, 0), guide=guide)(clips(net), FOUR)["c"].backward()
         seen.append(torch.cat([g.flatten() for g in grads(net).values()]))
     assert seen[0].shape != seen[1].shape or not torch.allclose(*seen)
 
 
-@pytest.mark.parametrize("make, sizes, joined", [
-    (STFNet, SMALL, ("sgcn3", "gcn3d3")), (STGCN, TINY, ("block3",))], ids=["stf", "stgcn"])
-def test_maps_and_foci_in_running_statistics(make, sizes, joined):
+@each_network
+def test_maps_and_foci_in_running_statistics(make, sizes):
     "Trained statistics, clips of one and of two bodies, with dropout in ST-GCN."
     torch.manual_seed(0)
     net = stirred(make(5, DOG, 4, 2, **sizes).double(), 0.3).train()
@@ -207,7 +208,8 @@ def test_maps_and_foci_in_running_statistics(make, sizes, joined):
     with frozen_norms(net.train()):  # no dropout, no batch statistics
         frozen = net.features(x)
     assert (frozen.last - f.last).abs().max() < 1e-12
-    for names in (("block1",), ("block2",), ("block3",), joined):
+    pathways = [("sgcn3", "gcn3d3")] if make is STFNet else []
+    for names in (("block1",), ("block2",), ("block3",), *pathways):
         assert (net.forward_from({k: f.maps[k] for k in names}) - f.last).abs().max() < 1e-12
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     with pytest.raises(RuntimeError), frozen_norms(net):
