@@ -26,7 +26,7 @@ def _check_adjacency(A):
                          f"entries [{i},{j}] and [{j},{i}] differ")  # fmt: skip
     return A
 
-# %% ../nbs/00_skeleton.ipynb #72f00da7
+
 def hop_distance(
     A,  # (V,V) symmetric adjacency, non-zero where two joints share a bone
 ) -> np.ndarray:  # (V,V) float64: number of bones on the shortest way, inf where there is none
@@ -46,8 +46,8 @@ def expect_fail(
         if contains not in str(e):
             raise AssertionError(f"expected {contains!r} in the message, got: {e}") from e
         print(f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}")
-        return
-    raise AssertionError(f"expected {error.__name__}, but nothing was raised")
+    else:
+        raise AssertionError(f"expected {error.__name__}, but nothing was raised")
 
 # %% ../nbs/00_skeleton.ipynb #8d15c0f4
 def k_adjacency(
@@ -72,7 +72,7 @@ def normalize_adjacency(
     scale = np.divide(1.0, np.sqrt(degree), out=np.zeros_like(degree), where=degree > 0)
     return scale[:, None] * A * scale[None, :]
 
-# %% ../nbs/00_skeleton.ipynb #6e65f756
+
 def multi_scale_adjacency(
     A,  # (V,V) symmetric adjacency
     scales: int,  # K: scales k = 0 … K−1
