@@ -544,9 +544,12 @@ def _find_kind(files, labels, num_joints):
         arrays, taken = e, [name for name in places if re.search(r"\.(pkl|pickle)$", name)]
     there = [e for e in files.entries if not arrays or e[0] in places and e[0] not in taken]
     kinds = {kind: name for kind, name in files.kinds(there).items() if kind != "arrays"}
-    names = taken[:1] + [*kinds.values()]
-    expect(len(names) < 2, f"holds recordings of several kinds ({' and '.join(names)}): name one "
-           "file, move them apart, or say which with kind=… (ntu, ucla, kinetics or plain)")
+    ending = lambda name: os.path.splitext(name)[1].lower()
+    same = [[e[0] for e in there if ending(e[0]) == ending(name)] for name in kinds.values()]
+    names = [taken] * bool(taken) + same
+    found = " and ".join(f"{len(n):,} {ending(n[0])} like {n[0]}" for n in names)
+    expect(len(names) < 2, f"holds recordings of several kinds, {found}: name one file, move them "
+           "apart, or say which with kind=… (ntu, ucla, kinetics or plain)")  # fmt: skip
     if isinstance(arrays, Exception):
         raise arrays
     if not names:

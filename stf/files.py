@@ -48,14 +48,15 @@ def expect(condition, reason, place=""):
 
 @contextmanager
 def named(path, words=None):
-    "ClipErrors raised inside name this path; with words for it (`{}`), so does any other error."
+    "ClipErrors raised inside name this path, or theirs below it; with words (`{}`), all errors."
     try:
         yield
     except Exception as e:
         if not (words or isinstance(e, ClipError)):
             raise
         e = e if isinstance(e, ClipError) else ClipError("", "", words.replace("{}", str(e)))
-        raise ClipError(path, e.place, e.reason) from None
+        below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder
+        raise ClipError(e.path if below else path, e.place, e.reason) from None
 
 # %% ../nbs/10b_files.ipynb #930e1765
 def _as_text(path):
@@ -171,10 +172,12 @@ class Files:
         "[(name, where, file, part)] of an archive, or of a file that is none."
         if _LOOSE.fullmatch(path.name) or _LABEL_LIST.fullmatch(path.name):
             return [(path.name, path, path, None)]
-        with named(path, "not a readable archive ({}): fetch or pack it again"):
+        with named(path, "the archive is cut off or damaged ({}): fetch or pack it again"):
             with open(path, "rb") as file:
                 begin = file.read(6)
-            if begin[:2] == b"PK" and zipfile.is_zipfile(path):
+            if begin[:2] == b"PK":
+                end = "the zip is cut off or damaged (its list of files, at the end, is missing)"
+                expect(zipfile.is_zipfile(path), f"{end}: fetch or pack it again")
                 with zipfile.ZipFile(path) as archive:
                     parts = {n: n for n in archive.namelist() if not n.endswith(("/", "\\"))}
                 file = path
@@ -184,8 +187,8 @@ class Files:
                     tar = tarfile.open(file, "r:")
                 except tarfile.ReadError:
                     archive = file is not path or _PACKED.search(path.name)
-                    expect(not archive, "no archive of files, or a damaged one: fetch or pack it "
-                           "again, unpack what is no archive first")  # fmt: skip
+                    expect(not archive, "neither a zip nor a tar, or a damaged one: fetch or pack "
+                           "it again (of files, not of one archive)")  # fmt: skip
                     return [(path.name, path, path, None)]
                 with tar:
                     for i in tar:
@@ -197,7 +200,7 @@ class Files:
                             parts[i.name] = parts[i.linkname]
                     tar.fileobj.seek(tar.offset)
                     whole = tar.fileobj.read(512) == bytes(512)  # a tar ends with zeros
-                expect(whole, "the archive is cut off or damaged: fetch or pack it again")
+                expect(whole, "the tar is cut off or damaged: fetch or pack it again")
         found = [(n.replace("\\", "/"), f"{path}/{n}", file, part) for n, part in parts.items()]
         return [entry for entry in found if not _HIDDEN.search(entry[0])]
 
@@ -223,7 +226,8 @@ class Files:
     def _open(self, where, file, part, limit=1 << 28):
         if part is None:
             return file
-        with named(where, "can't be read from the archive: {}"):  # zlib, encrypted members, …
+        again = "pack or fetch the archive again"
+        with named(where, f"can't be read ({{}}): {again}"):  # zlib, encrypted members, …
             archive = self.handles.get(zipfile.ZipFile if isinstance(part, str) else _binary, file)
             if isinstance(part, str):
                 with archive.open(part) as member:
@@ -231,7 +235,7 @@ class Files:
             else:
                 archive.seek(part[0])
                 data = archive.read(min(part[1], limit + 1))
-                expect(len(data) == min(part[1], limit + 1), "the archive ends in this file")
+                expect(len(data) == min(part[1], limit + 1), f"the archive ends in this file: {again}")
         found = io.BytesIO(data)
         found.name = where
         return found
