@@ -23,7 +23,7 @@ from reprlib import repr as short
 import numpy as np
 
 from .arrays import open_arrays
-from .files import ClipError, Clips, Files, expect, load_json, named, reading, stem
+from .files import ClipError, Clips, Files, expect, load_json, named, reading
 from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/11_clips.ipynb #766fa827
@@ -443,7 +443,7 @@ _READERS = {  # kind: (ending, title, skeleton, reader of (source, name, skeleto
 def _clip_of_file(files, members, names, kind, skeleton, listed, i):
     "Clip i of files that hold one recording each."
     at = members[i]
-    more = {} if kind != "kinetics" else {"listed": listed.get(stem(files.names[at]))}
+    more = {} if kind != "kinetics" else {"listed": listed.get(files.stems[at])}
     clip = _READERS[kind][3](files.open(at), names[i], skeleton, **more)
     part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.name}/{files.names[at]}")
     if part and not clip.split:
@@ -491,7 +491,7 @@ def _many_files(files, kind, skeleton, errors, labels):
     members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
     expect(members, f"no {ending} file here")
     listed, found = files.label_list(labels) if kind == "kinetics" else {}, len(members)
-    stems = [stem(name) for name in files.names]
+    stems = files.stems
     members = [i for i in members if listed.get(stems[i], ()) is not None]
     expect(members, "the label list says that none of these files has a skeleton")
     names = [stems[i] for i in members]
