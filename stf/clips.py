@@ -23,7 +23,7 @@ from reprlib import repr as short
 import numpy as np
 
 from .arrays import open_arrays
-from .files import ClipError, Clips, Files, expect, load_json, named, reading, stem
+from .files import ClipError, Clips, Files, expect, load_json, named, reading
 from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/11_clips.ipynb #766fa827
@@ -443,7 +443,7 @@ _READERS = {  # kind: (ending, title, skeleton, reader of (source, name, skeleto
 def _clip_of_file(files, members, names, kind, skeleton, listed, i):
     "Clip i of files that hold one recording each."
     at = members[i]
-    more = {} if kind != "kinetics" else {"listed": listed.get(stem(files.names[at]))}
+    more = {} if kind != "kinetics" else {"listed": listed.get(files.stems[at])}
     clip = _READERS[kind][3](files.open(at), names[i], skeleton, **more)
     part = re.search(r"(?:^|/)kinetics[_-](train|val)/", f"{files.name}/{files.names[at]}")
     if part and not clip.split:
@@ -491,7 +491,7 @@ def _many_files(files, kind, skeleton, errors, labels):
     members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
     expect(members, f"no {ending} file here")
     listed, found = files.label_list(labels) if kind == "kinetics" else {}, len(members)
-    stems = [stem(name) for name in files.names]
+    stems = files.stems
     members = [i for i in members if listed.get(stems[i], ()) is not None]
     expect(members, "the label list says that none of these files has a skeleton")
     names = [stems[i] for i in members]
@@ -544,9 +544,12 @@ def _find_kind(files, labels, num_joints):
         arrays, taken = e, [name for name in places if re.search(r"\.(pkl|pickle)$", name)]
     there = [e for e in files.entries if not arrays or e[0] in places and e[0] not in taken]
     kinds = {kind: name for kind, name in files.kinds(there).items() if kind != "arrays"}
-    names = taken[:1] + [*kinds.values()]
-    expect(len(names) < 2, f"holds recordings of several kinds ({' and '.join(names)}): name one "
-           "file, move them apart, or say which with kind=… (ntu, ucla, kinetics or plain)")
+    ending = lambda name: os.path.splitext(name)[1].lower()
+    same = [[e[0] for e in there if ending(e[0]) == ending(name)] for name in kinds.values()]
+    names = [taken] * bool(taken) + same
+    found = " and ".join(f"{len(n):,} {ending(n[0])} like {n[0]}" for n in names)
+    expect(len(names) < 2, f"holds recordings of several kinds, {found}: name one file, move them "
+           "apart, or say which with kind=… (ntu, ucla, kinetics or plain)")  # fmt: skip
     if isinstance(arrays, Exception):
         raise arrays
     if not names:

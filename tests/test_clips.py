@@ -639,7 +639,7 @@ def test_archives_beside_loose_files_are_named(tmp_path):
     ({"x_label.json": "{}"}, "a label list, and the recordings that it lists are missing"),
     ({"x_label.json.gz": gzip.compress(b"{}")}, "the recordings that it lists are missing"),
     ({"a.json": "{}"}, "JSON with neither"), ({"a.json": '{"a": 1'}, "not JSON"),
-    ({"a.zip": b"PK\3\4 no zip"}, "a damaged one: fetch or pack it again"),
+    ({"a.zip": b"PK\3\4 no zip"}, "a.zip: the zip is cut off or damaged .*fetch or pack it again"),
     ({"a.tar.gz": gzip.compress(b"no tar" * 99)}, "a damaged one: fetch or pack it again"),
 ])  # fmt: skip
 def test_advice_for_what_has_no_reader(tmp_path, files, reason):
@@ -653,8 +653,10 @@ def test_mixed_folders_and_wrong_arguments(tmp_path):
     refused("no such", open_clips, tmp_path / "nowhere")
     files = {"S001C001P001R001A001.skeleton": TWO, "b.json": json.dumps(KINETICS)}
     mixed = folder_of(tmp_path / "mixed", **files)
-    kinds = r"S001C001P001R001A001.skeleton and b.json\).*kind="
-    refused(f"holds recordings of several kinds .{kinds}", open_clips, mixed)
+    (mixed / "S001C001P001R001A002.skeleton").write_text(TWO)
+    kinds = "2 .skeleton like S001C001P001R001A001.skeleton and 1 .json like b.json: .*kind="
+    refused(f"holds recordings of several kinds, {kinds}", open_clips, mixed)
+    (mixed / "S001C001P001R001A002.skeleton").unlink()
     assert len(open_clips(mixed, kind="ntu")) == 1
     (mixed / "b.json").write_text('{"classes": ["drink water"]}')  # no recording
     assert len(open_clips(mixed)) == 1
@@ -692,7 +694,11 @@ def test_damaged_archives(tmp_path):
     good = path.read_bytes()
     for end in (10, 100, len(good) // 2, len(good) - 20):
         path.write_bytes(good[:end])
-        refused("cut.tar.xz", lambda: list(open_clips(path)))
+        reason = "cut.tar.xz: the archive is cut off or damaged .*fetch or pack it again"
+        refused(reason, lambda: list(open_clips(path)))
+    path = archive(tmp_path / "cut.zip", PAIR)
+    path.write_bytes(path.read_bytes()[:-30])
+    refused("cut.zip: the zip is cut off or damaged .*fetch or pack it again", open_clips, path)
 
 
 def test_damaged_member_of_a_zip_is_collected(tmp_path):
