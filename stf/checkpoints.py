@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ConfigError', 'CheckpointError', 'closest', 'network_class', 'named_skeleton', 'batch_options', 'coordinates',
            'find_checkpoint', 'read_header', 'read_tensors', 'save_checkpoint', 'build_network', 'load_checkpoint',
-           'start_from', 'publish', 'read_public']
+           'start_from', 'read_public']
 
 # %% ../nbs/21_checkpoints.ipynb #a73f21b5
 import importlib
@@ -153,15 +153,21 @@ def save_checkpoint(
     header: dict,  # classes, stream, preprocess, length, …; class and sizes are the network's own
     tensors: dict | None = None,  # of the training state: name → tensor
     state: dict | None = None,  # the rest of the training state, as JSON
+    half: bool = False,  # weights in half precision, to publish
 ) -> Path:
     "Write a checkpoint. Killed at any moment, the file is the old one or the new one, whole."
     path, kind = Path(f"{str(path).removesuffix('.safetensors')}.safetensors"), type(net)
     own = {"format": _FORMATS[-1], "model": f"{kind.__module__}:{kind.__qualname__}",
            "skeleton": asdict(net.skeleton), **{k: getattr(net, k) for k in net.hparams}}
     network_class(own["model"])  # a class inside a function could never be loaded
-    texts = _check_header(path, json.loads(json.dumps(header | own)))
-    texts = {k: json.dumps(v) for k, v in (texts | ({"state": state} if state else {})).items()}
-    every = net.state_dict() | {f"state/{k}": v for k, v in (tensors or {}).items()}
+    held = _check_header(path, json.loads(json.dumps(header | own | {"state": state})))
+    texts = {k: json.dumps(v) for k, v in held.items() if v is not None}
+    weights = net.state_dict()
+    if half:
+        weights = {k: v.half() if v.is_floating_point() else v for k, v in weights.items()}
+        if not all(v.isfinite().all() for v in weights.values()):
+            _refuse(path, "weights that half precision can't hold")
+    every = weights | {f"state/{k}": v for k, v in (tensors or {}).items()}
     return write_file(path, save({k: v.cpu().contiguous() for k, v in every.items()}, texts))
 
 
@@ -209,15 +215,6 @@ def start_from(
                           f"missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
     net.load_state_dict(own | weights)
     return net
-
-# %% ../nbs/21_checkpoints.ipynb #ada26372
-def publish(path, folder) -> Path:
-    "Write folder/weights.safetensors: weights in half precision, without training state."
-    texts = {k: json.dumps(v) for k, v in read_header(path).items() if k != "state"}
-    tensors = {k: v.half() if v.is_floating_point() else v for k, v in read_tensors(path).items()}
-    if not all(v.isfinite().all() for v in tensors.values()):
-        _refuse(path, "weights that half precision can't hold")
-    return write_file(Path(folder) / "weights.safetensors", save(tensors, texts))
 
 # %% ../nbs/21_checkpoints.ipynb #287180d7
 def read_public(file) -> tuple:

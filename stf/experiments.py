@@ -27,7 +27,7 @@ from .checkpoints import ConfigError, batch_options, network_class
 from .clips import open_clips
 from .dataset import ClipStore, validation_split
 from .evaluate import (Scores, average, class_tests, differences, paired_bootstrap, top_k,
-                          verdict, write_json)
+                          verdict, write_file)
 from .faithfulness import areas, faithfulness, focus_measures, importance_maps
 from .plot import draw_class_difference, draw_strip
 from .skeleton import SKELETONS
@@ -117,7 +117,7 @@ def _write(path, scores, config, **facts):
     path.parent.mkdir(parents=True, exist_ok=True)
     probabilities = scores.probabilities.astype(np.float32)
     replace(scores, probabilities=probabilities).save(path.with_suffix(".npz"))
-    write_json(path, {
+    write_file(path, {
         "format": 1, "dataset": Path(config.data).name, "protocol": config.protocol,
         "stream": config.stream, "top1": top_k(scores),
         "top5": top_k(scores, min(5, len(scores.classes))), "test_clips": len(scores),

@@ -22,8 +22,8 @@ from safetensors.torch import save as to_bytes
 import stf.train as train
 from stf import cli
 from stf.backbone import MSG3D
-from stf.checkpoints import (CheckpointError, ConfigError, build_network, load_checkpoint, publish,
-                             read_header, save_checkpoint, start_from)
+from stf.checkpoints import (CheckpointError, ConfigError, load_checkpoint,
+                             read_header, save_checkpoint)
 from stf.clips import Clip, class_names
 from stf.dataset import Batches, ClipStore
 from stf.evaluate import Scores, top_k
@@ -176,13 +176,6 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
 def test_config_errors_say_what_to_write_instead(wrong, message):
     with pytest.raises(ConfigError, match=message):
         wrong() if callable(wrong) else Config(**wrong)
-
-
-def test_a_file_that_holds_no_configuration_is_named(tmp_path):
-    for text in ("{", "[]", "null", '{"widths": null}', '{"augment": {"flip": 7}}'):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ConfigError, match=r"config\.json: not a configuration"):
-            Config.load(tmp_path / "config.json")
 
 
 def test_values_come_in_any_form_of_their_type():
@@ -358,7 +351,7 @@ def test_checkpoint_is_replaced_read_and_published(tmp_path, whole):
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
     for name in ("w", "w.safetensors"):
         assert same(weights(tmp_path / name), net.state_dict())
-    small = publish(whole.folder, tmp_path / "p")
+    small = save_checkpoint(tmp_path / "p" / "weights", net, header, half=True)
     assert {v.dtype for v in load_file(small).values()} == {torch.float16, torch.int64}
     assert load_file(small).keys() == net.state_dict().keys() and "state" not in read_header(small)
     assert load_checkpoint(tmp_path / "p")[1]["classes"] == header["classes"]
@@ -387,6 +380,21 @@ def test_spoilt_checkpoints_are_refused(tmp_path, whole, spoil, message):
     assert "antigravity" not in sys.modules
 
 
+def test_random_damage_of_a_header_is_named(tmp_path, whole):
+    "A byte is replaced, or the file is cut: it is loaded, or refused by name."
+    file = save_checkpoint(tmp_path / "w", *load_checkpoint(whole.folder))
+    data, rng, refused = file.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(400):
+        at = int(rng.integers(8 + int.from_bytes(data[:8], "little")))
+        rest = rng.bytes(1) + data[at + 1 :] if rng.random() < 0.8 else b""
+        file.write_bytes(data[:at] + rest)
+        try:
+            load_checkpoint(file)
+        except CheckpointError as e:
+            refused += str(file) in str(e) or pytest.fail(f"names no file: {e}")
+    assert refused > 100
+
+
 @pytest.mark.parametrize("spoil", [
     lambda header, tensors: header.pop("state"),
     lambda header, tensors: header["state"].pop("step"),
@@ -404,15 +412,17 @@ def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
         go(config)
 
 
-def test_a_damaged_record_is_named(tmp_path, whole):
+@pytest.mark.parametrize("name, texts, message", [
+    ("config.json", ("{", "[]", "null", '{"widths": null}', '{"augment": {"flip": 7}}'),
+     "config.json: not a configuration"),
+    ("run.json", ("", "{}", "null", "[]"), "run.json: a damaged record"),
+    ("scores.npz", ("",), "scores.npz: not a file of scores")])
+def test_a_damaged_record_is_named(tmp_path, whole, name, texts, message):
     shutil.copytree(whole.folder, tmp_path / "r")
-    for text in ("", "{}", "null", "[]"):
-        (tmp_path / "r" / "run.json").write_text(text)
-        with pytest.raises(ConfigError, match="run.json: a damaged record"):
+    for text in texts:
+        (tmp_path / "r" / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
             Run.load(tmp_path / "r")
-    (tmp_path / "r" / "scores.npz").write_bytes(b"")
-    with pytest.raises(ValueError, match="scores.npz: not a file of scores"):
-        Run.load(tmp_path / "r")
 
 
 class Own(STFNet):
@@ -437,16 +447,6 @@ def test_a_network_of_ones_own_is_trained_and_saved(tmp_path):
 
 
 # ---- the second stage
-
-
-def test_stf_starts_from_every_tensor_of_the_baseline(whole):
-    net, header = load_checkpoint(whole.folder)
-    stf = start_from(build_network({**header, "model": "stf"}), whole.folder, header)
-    own = {k for k in stf.state_dict() if k.startswith("stf.")}
-    base = {k: v for k, v in stf.state_dict().items() if k not in own}
-    assert own and same(base, net.state_dict())
-    x = TinyStore().batch([0, 1, 2])[0].double()
-    torch.testing.assert_close(stf.double().eval()(x), net.double()(x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -726,17 +726,22 @@ def test_compiled_training_is_the_eager_one_and_resumes(tmp_path, interruptible)
 # ---- a real store
 
 
+def recorded(folder, n, classes, skeleton):
+    "A store of random clips, two thirds of them to train on."
+    rng, made, V = np.random.default_rng(0), [], skeleton.num_joints
+    for i in range(n):
+        path = np.cumsum(rng.normal(0, 0.1, (1, int(rng.integers(5, 12)), V, 3)), axis=1)
+        joints = path.astype(np.float32) + np.arange(V, dtype=np.float32)[:, None]
+        made.append(Clip(joints, np.ones(joints.shape[:3], np.float32), f"c{i}",
+                         label=i % len(classes), class_name=classes[i % len(classes)],
+                         skeleton=skeleton, split={"mine": "train" if 3 * i < 2 * n else "test"}))
+    return ClipStore.build(made, folder, progress=False)
+
+
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
     "A real store of thirty clips of three classes, of changing length."
-    rng, made = np.random.default_rng(0), []
-    for i in range(30):
-        path = np.cumsum(rng.normal(0, 0.1, (1, int(rng.integers(5, 12)), 3, 3)), axis=1)
-        joints = path.astype(np.float32) + np.arange(3, dtype=np.float32)[:, None]
-        made.append(Clip(joints, np.ones(joints.shape[:3], np.float32), f"c{i}", label=i % 3,
-                         class_name="abc"[i % 3], skeleton=HAND,
-                         split={"mine": "train" if i < 20 else "test"}))
-    return ClipStore.build(made, tmp_path_factory.mktemp("clips") / "store", progress=False)
+    return recorded(tmp_path_factory.mktemp("clips") / "store", 30, "abc", HAND)
 
 
 def test_some_classes_only(tmp_path, clips, monkeypatch):
@@ -857,12 +862,7 @@ def test_hostile_and_broken_files_are_refused(tmp_path, public, monkeypatch, wri
 
 def test_the_second_stage_starts_from_public_weights(tmp_path, public):
     ours = str(import_msg3d(public[0], tmp_path / "ours", stream="joint").parent)
-    rng, names, made = np.random.default_rng(0), class_names("ntu60"), []
-    for i in range(10):
-        joints = rng.normal(0, 1, (1, 6, 25, 3)).astype(np.float32)
-        made.append(Clip(joints, np.ones((1, 6, 25), np.float32), f"c{i}", label=i,
-                         class_name=names[i], split={"mine": "train" if i < 6 else "test"}))
-    store = ClipStore.build(made, tmp_path / "store", classes=names, progress=False)
+    store = recorded(tmp_path / "store", 60, class_names("ntu60"), SKELETONS["ntu25"])
     config = tiny(tmp_path / "m", protocol="mine", preprocess="msg3d", num_bodies=2, stf_epochs=1,
                   stf_lr=1e-4).second_stage("dcg").replace(init=ours)
     r = go(config, store)
