@@ -409,7 +409,8 @@ def named_config(
 
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{name} is a folder, but none of a run: it has no config.json")
+        raise ConfigError(f"{name} is a folder, but none of a run: it has no config.json; for a "
+                          "store, name a preset first, then data=…")
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
         return Config.preset(name)
@@ -487,7 +488,7 @@ def main():
     try:
         call(sys.argv[1:])
     except KeyboardInterrupt as e:
-        _fail(e or "stopped", 130)
+        _fail(str(e) or "stopped", 130)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError) as e:
         from stf.checkpoints import ConfigError
         from stf.clips import ClipError

@@ -460,7 +460,7 @@ def _own_classes(arrays):
 
 
 def _clip_of_arrays(arrays, skeleton, own, i):
-    "Clip i of an ArraySet."
+    "Clip i of a set of arrays."
     raw, name = arrays.record(i), arrays.names[i]
     tags, by_name, words = _ntu_words(name)
     joints, label = _as_float32(raw["joints"], "joints"), raw["label"]
@@ -535,7 +535,7 @@ def _refuse_unknown(files):
 
 
 def _find_kind(files, labels, num_joints):
-    "(ArraySet, None) of a set of arrays, or (None, kind) of files that hold one recording each."
+    "(the set, None) of a set of arrays, or (None, kind) of files that hold one recording each."
     places, taken, arrays = files.places(), [], None
     try:
         if arrays := open_arrays(files.path, places, labels, num_joints):

@@ -107,8 +107,8 @@ def _sides(store, protocol):
         rules = [p for k, p in PROTOCOLS.items()
                  if k not in stored and protocol_side(store._tags(0), k)]  # fmt: skip
         raise StoreError(f"{what} doesn't apply to {len(lost)} clips, such as {lost[0]!r}; the "
-                         f"store knows {', '.join(sorted(stored) + rules) or 'none'}; put your own "
-                         "in Clip.split, or pass a function")
+                         f"store knows {', '.join(sorted(stored) + rules) or 'none'}: name one by "
+                         "protocol=…, put your own in Clip.split, or pass a function")
     return ["test" if side == "val" else side for side in sides]
 
 

@@ -210,7 +210,8 @@ class Predictor:
         for n in self.networks:
             wanted, preset = coordinates(n.header), n.options["preprocess"]
             for fits, given, needed in (
-                (same, f"its skeleton is {named}", _named(self.skeleton)),
+                (same, f"its skeleton is {named}", f"{_named(self.skeleton)}; if these are its "
+                 "joints in this order, give the clip that skeleton=…"),
                 (C == wanted, f"its joints have {C} coordinates", wanted),
                 (not done or done == preset, f"it was preprocessed already, by {done!r}",
                  f"raw recordings, or {preset!r}"),

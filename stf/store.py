@@ -68,7 +68,7 @@ def read_header(folder, verify=False) -> dict:
         header = json.loads(path.read_bytes())
         kind = header["format"], header["version"]
     except FileNotFoundError:
-        raise StoreError(f"{folder}: no store here; ClipStore.build (stf prepare) makes one") from None
+        raise StoreError(f"{folder}: no store here; `stf prepare` makes one") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise StoreError(f"{path}: not the header of a store ({e!r}); {_CURE}") from e
     if kind != _KIND:

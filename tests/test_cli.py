@@ -53,7 +53,7 @@ def test_help_names_all_commands_without_torch():
 
 
 @pytest.mark.parametrize("text, shown", [
-    ("s: already exists (overwrite=True replaces it)", "s: already exists (--overwrite replaces it)"),
+    ("s exists (overwrite=True replaces it)", "s exists (--overwrite replaces it)"),
     ("14 joints: name it by skeleton=…", "14 joints: name it by --skeleton …"),
     ("needs model='stf': 'msg3d' has no β", "needs --model stf: 'msg3d' has no β"),
     ("batch_size=4, accumulate=2: less", "--batch-size 4, --accumulate 2: less"),

@@ -320,7 +320,7 @@ def wrong(nets, raw, stf):
     ("cut.skeleton", 1, "it was cut off"),
     ("cut.npz", 1, "cut.npz"),
     ("half.json", 1, "half.json: "),
-    ("fake.zip", 1, "fake.zip: no archive of files, or a damaged one"),
+    ("fake.zip", 1, "fake.zip: the zip is cut off or damaged"),
     ("nobody.skeleton", 1, "no body in any frame"),
     ("other.npz", 2, "'kinect20', 20 joints; checkpoint"),
     ("good.skeleton --checkpoint absent", 2, "no checkpoint in absent"),
