@@ -373,6 +373,8 @@ def splits(
         raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test "
                          "clips")
     labels = np.asarray(store.labels)
+    for i in train[(labels[train] < 0) | (labels[train] >= len(store.classes))][:1]:
+        raise StoreError(f"clip {store.names[i]!r} is a training clip, but its label is no class")
     if share != 1:
         train = _fraction(labels, train, share, seed, stratified)
     kept, rng = np.zeros(len(train), dtype=bool), np.random.default_rng([seed, 1])
