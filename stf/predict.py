@@ -210,8 +210,8 @@ class Predictor:
         for n in self.networks:
             wanted, preset = coordinates(n.header), n.options["preprocess"]
             for fits, given, needed in (
-                (same, f"its skeleton is {named}", f"{_named(self.skeleton)}; if these are its "
-                 "joints in this order, give the clip that skeleton=…"),
+                (same, f"its skeleton is {named}", f"{_named(self.skeleton)}; if those are its "
+                 "joints, name that layout by skeleton=…"),
                 (C == wanted, f"its joints have {C} coordinates", wanted),
                 (not done or done == preset, f"it was preprocessed already, by {done!r}",
                  f"raw recordings, or {preset!r}"),
@@ -429,7 +429,7 @@ def predict_command(
     predictor = Predictor(checkpoint, device)
     if not checkpoint:
         names = " and ".join(Path(n.name).name for n in predictor.networks)
-        print(f"no --checkpoint given: using {names} (20 synthetic actions)", file=sys.stderr)
+        print(f"no --checkpoint given: using {names} (synthetic, 20 actions)", file=sys.stderr)
     body = predictor.skeleton if skeleton == "checkpoint" else body
     options = dict(kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
     opened, failed, records = [], [], []

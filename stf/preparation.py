@@ -365,7 +365,7 @@ def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, a
          f"use preprocess={done!r}, which takes them as they are, or the recordings themselves"),
         (public and C == 2 and skeleton.name != "openpose18", "preset 'msg3d' knows 2D bodies of "
          f"'openpose18' only, not {skeleton.name!r}; use preprocess='paper'"),
-        (public and C == 3 and None in axes, "preset 'msg3d' turns bodies by spine and shoulders, "
+        (public and C == 3 and None in axes, "preprocess='msg3d' turns bodies by the spine, "
          f"which skeleton {skeleton.name!r} doesn't name; use preprocess='paper'"),
     ):  # fmt: skip
         if wrong:
