@@ -500,6 +500,8 @@ def run(config: Config, store=None, progress: bool = True) -> Run:
           memory_advice(f"batch_size={c.batch_size}, accumulate={c.accumulate}"),
           stop_signals(once=a.num_processes == 1) as stop):
         a.wait_for_everyone()
+        if (folder / "run.json").exists():  # another process has finished it meanwhile
+            return Run.load(folder)
         if a.is_main_process:
             write_file(folder / "config.json", c.to_json().encode())
         t, where = Training(c, store, a).load(), environment(a.device)
