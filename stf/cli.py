@@ -472,7 +472,7 @@ def _typed(error):
         return f"{error.filename}: {error.strerror}"
     names = "|".join([f.name for f in fields(Config)] + ["kind", "labels", "overwrite", "skeleton"])
     option = lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3]}".removesuffix(" True")
-    return re.sub(rf"(?<![\w/])({names})=(?:'([^']*)'|([\w.…-]+))", option, str(error))
+    return re.sub(rf"(?<![\w/])({names})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
 
 
 def _fail(error, code):

@@ -336,9 +336,11 @@ _RECORDINGS = ".skeleton .json .npz .npy .pkl .pickle .zip .tar .gz .xz .bz2 .tg
 def _check_outputs(json, csv, animate, ending, recordings):
     "ConfigError for an output that can't be written, before anything is computed."
     movie = Path(animate)
-    if animate and ".mp4" in (movie.suffix, f".{ending}") and not FFMpegWriter.isAvailable():
-        raise ConfigError("an animation as .mp4 needs ffmpeg, which isn't installed; take .html")
     single = movie.suffix.lower() in _MOVIES and not movie.is_dir()
+    ending = movie.suffix.lower() if single else f".{ending}"
+    if animate and ending == ".mp4" and not FFMpegWriter.isAvailable():
+        raise ConfigError(f"--animate {animate}: .mp4 needs ffmpeg, which isn't installed; "
+                          "take .html")
     for option, file in (("json", json), ("csv", csv), ("animate", animate if single else "")):
         path = Path(file)
         if file not in ("", "-") and (path.is_dir() or not os.access(path.parent, os.W_OK)):

@@ -58,6 +58,7 @@ def test_help_names_all_commands_without_torch():
     ("needs model='stf': 'msg3d' has no β", "needs --model stf: 'msg3d' has no β"),
     ("batch_size=4, accumulate=2: less", "--batch-size 4, --accumulate 2: less"),
     ("k=3 of /data/x=1/a.npz", "k=3 of /data/x=1/a.npz"),
+    ("lr=0.1/run.json: damaged", "lr=0.1/run.json: damaged"),
 ])
 def test_options_in_messages_are_those_that_one_types(capsys, text, shown):
     with pytest.raises(SystemExit):
