@@ -246,7 +246,7 @@ def _as_label(label):
 
 # %% ../nbs/10_arrays.ipynb #9cf463f8
 def _pyskl(files):
-    "_ArraySet of pyskl's pickles {name: place}, the parts of one set in their order."
+    "Clips of pyskl's pickles {name: place}, the parts of one set in their order."
     rows, splits, lost = [], {}, 0
     for name, place in files.items():
         table, split = load_pickle(*place), None
@@ -303,7 +303,7 @@ def _members(place):
 
 
 def _ctrgcn(name, place, num_joints):
-    "_ArraySet of CTR-GCN's x_train, y_train, … in the .npz at a place."
+    "Clips of CTR-GCN's x_train, y_train, … in the .npz at a place."
     there, index, names, labels = _members(place), [], [], []
     for part in ("train", "test"):
         x, y = (Rows(*place, n) if (n := f"{k}_{part}.npy") in there else () for k in "xy")
@@ -363,7 +363,7 @@ def _read_names_and_labels(place):
 
 
 def _msg3d(path, files, arrays, labels=None):
-    "_ArraySet of MS-G3D's, 2s-AGCN's or ST-GCN's `arrays`, names in `files` {name: place}."
+    "Clips of MS-G3D's, 2s-AGCN's or ST-GCN's `arrays`, names in `files` {name: place}."
     path = Path(os.path.abspath(path))
     folder = path.parent.name if path.suffix == ".npy" else path.stem
     protocol, index, names, numbers = _protocol(f"{arrays[0]}/{folder}"), [], [], []
@@ -409,7 +409,7 @@ def open_arrays(
     files,  # {name: place} of what the folder or zip holds, or of what lies beside a file, and it
     labels=None,  # MS-G3D: the label pickle, if it doesn't lie beside
     num_joints: int = 25,  # CTR-GCN: joints of a body
-):  # _ArraySet, or None if it is nothing of the kind
+):  # a set of clips, or None if it is nothing of the kind
     "Open a data set in one of the array forms. ValueError if it is one, but bad."
     again, path = (path, files, labels, num_joints), Path(path)
     folder, base = lambda n: n.rpartition("/")[0], lambda n: n.rpartition("/")[2].lower()

@@ -207,11 +207,13 @@ class Predictor:
         (V, C), own, done = clip.joints.shape[2:], clip.skeleton, clip.tags.get("preprocessed")
         named = _named(own) if own else f"unnamed, {V} joints"
         same = _layout(own) == _layout(self.skeleton) if own else V == self.skeleton.num_joints
+        layout = _named(self.skeleton)
+        if V == self.skeleton.num_joints:
+            layout += "; if those are its joints, name that layout by skeleton=…"
         for n in self.networks:
             wanted, preset = coordinates(n.header), n.options["preprocess"]
             for fits, given, needed in (
-                (same, f"its skeleton is {named}", f"{_named(self.skeleton)}; if those are its "
-                 "joints, name that layout by skeleton=…"),
+                (same, f"its skeleton is {named}", layout),
                 (C == wanted, f"its joints have {C} coordinates", wanted),
                 (not done or done == preset, f"it was preprocessed already, by {done!r}",
                  f"raw recordings, or {preset!r}"),
