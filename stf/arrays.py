@@ -218,10 +218,9 @@ def _protocol(text):
 
 
 def _split_of_key(key):
-    "('xsub', 'train') of 'xsub_train', ('official1', 'test') of 'val1', …; None if it is no split."
+    "('xsub', 'train') of 'xsub_train', ('official1', 'val') of 'val1', …; None if it is no split."
     found = re.fullmatch(r"(?:(.+?)[_-]?)?(train|val|test)(\d*)", str(key).lower())
-    protocol = found and (found[1] or "official").replace("-", "") + found[3]
-    return found and (protocol, "train" if found[2] == "train" else "test")
+    return found and ((found[1] or "official").replace("-", "") + found[3], found[2])
 
 
 def _split_of_file(name):
@@ -236,41 +235,77 @@ def _stem(name):
 
 
 def _as_label(label):
-    "A label as int, or None. ValueError."
+    "A label as int, or None (also for −1). ValueError."
     label = _plain(label)
     one = isinstance(label, (np.integer, np.ndarray)) and np.size(label) == 1
     label = label.item() if one else label
-    if label is not None and (type(label) is not int or label < 0):
+    if label is not None and (type(label) is not int or label < -1):
         raise ValueError(f"the label must be a whole number from 0, not {short(label)}")
-    return label
+    return None if label == -1 else label
+
+
+def _check_split(splits, known):
+    """Sides by clip of {(protocol, side): listed names}, and what should be told of them.
+
+    `known`: a clip by each of its names. ValueError where none of the listed names is here, or one
+    is on both sides.
+    """
+    sides, notes = {}, []
+    for (protocol, side), listed in splits.items():
+        if side == "val" and (protocol, "test") in splits:
+            notes.append(f"{len(listed):,} validation clips of {protocol} are on no side")
+            continue
+        found = {known[name] for name in listed if name in known}
+        if listed and not found:
+            raise ValueError(f"the split names {len(listed):,} clips for {protocol} {side}, none of "
+                             f"which is here: {listed[0]!r}, but there is {next(iter(known))!r}")
+        if missing := len({*listed}) - len(found):
+            notes.append(f"{missing:,} of {len({*listed}):,} clips of {protocol} {side} missing")
+        side = "train" if side == "train" else "test"
+        if both := sorted(n for n in found if sides.get(n, {}).get(protocol, side) != side):
+            raise ValueError(f"the split {protocol} has {len(both):,} clips for training and for "
+                             f"test, such as {both[0]!r}")
+        for name in found:
+            sides.setdefault(name, {})[protocol] = side
+    return sides, notes
 
 # %% ../nbs/10_arrays.ipynb #9cf463f8
-def _pyskl(files):
-    "Clips of pyskl's pickles {name: place}, the parts of one set in their order."
-    rows, splits, lost = [], {}, 0
+def _pyskl(files, alone=False):
+    "Clips of pyskl's pickles {name: place}: the parts of one set in their order, or one clip each."
+    rows, splits, lost, notes = [], {}, 0, []
     for name, place in files.items():
-        table, split = load_pickle(*place), None
+        try:
+            table, split = load_pickle(*place), None
+        except ValueError as e:
+            if not alone:
+                raise
+            table = {"keypoint": None, "error": str(e)}
         if isinstance(table, dict):
-            table, split = table.get("annotations"), table.get("split")
+            one = [{"frame_dir": Path(name).stem, **table}] if "keypoint" in table else None
+            table, split = one or table.get("annotations"), table.get("split")
         table = table if isinstance(table, list) else []
         here = [row if isinstance(row, dict) else {} for row in table if row is not None]
         if not any("frame_dir" in row for row in here):
             raise ValueError("no list of annotations with 'frame_dir' in this pickle")
         rows, lost = rows + here, lost + len(table) - len(here)
         for key, listed in split.items() if isinstance(split, dict) else ():
-            part, listed = _split_of_key(key), _plain(listed)
-            known = part and isinstance(listed, (list, tuple, np.ndarray))
-            for clip in filter(lambda clip: isinstance(clip, str), listed if known else ()):
-                splits.setdefault(str(clip), {})[part[0]] = part[1]
+            listed = _plain(listed)
+            if (part := _split_of_key(key)) and isinstance(listed, (list, tuple, np.ndarray)):
+                splits.setdefault(part, []).extend(map(str, listed))
+            else:
+                notes.append(f"split {short(key)} is not read: no …train, …val or …test of names")
         if not split and (part := _split_of_file(name)):
-            splits.update({row["frame_dir"]: dict([part]) for row in here if "frame_dir" in row})
+            splits.setdefault(part, []).extend(str(row.get("frame_dir")) for row in here)
     given = [row.get("frame_dir") for row in rows]
     given = [v if type(v) is str else f"annotation {i}" for i, v in enumerate(given)]
     names = [_stem(name) for name in given]
     names = names if len({*names}) == len(names) else given  # v1 of two folders
+    sides, told = _check_split(splits, {**dict(zip(names, given)), **dict(zip(given, given))})
 
     def record(i):
         row = rows[i]
+        if "error" in row:
+            raise ValueError(row["error"])
         joints, score = (_plain(row.get(key)) for key in ("keypoint", "keypoint_score"))
         if joints is None:
             raise ValueError("keypoint is missing (raw_file, a file beside, is not read)")
@@ -282,16 +317,16 @@ def _pyskl(files):
             raise ValueError(f"total_frames is {short(frames)}, but there are {T} frames")
         known = isinstance(size, (tuple, list)) and [*map(type, size)] == [int, int]
         tags = {"image": list(size)} if known else {}  # height, width
-        split = splits.get(given[i]) or splits.get(names[i], {})
-        label = _as_label(row.get("label"))
+        label, split = _as_label(row.get("label")), sides.get(given[i], {})
         return dict(joints=joints, visible=score, label=label, split=split, tags=tags)
 
     shapes = [getattr(row.get("keypoint"), "shape", ()) for row in rows]
     shapes = [s for s in shapes if [*map(type, s)] == [int] * 4]
     labels = [row.get("label") for row in rows]
-    labels = [int(v) if isinstance(v, (int, np.integer)) else None for v in labels]
+    labels = [int(v) if isinstance(v, (int, np.integer)) and v >= 0 else None for v in labels]
     V, M = sorted({s[2] for s in shapes}), max((s[0] for s in shapes), default=0)
-    return _ArraySet("pyskl annotations", names, labels, record, joints=V, bodies=M, lost=lost)
+    return _ArraySet("pyskl annotations", names, labels, record, joints=V, bodies=M, lost=lost,
+                     notes=notes + told)
 
 # %% ../nbs/10_arrays.ipynb #23603c29
 def _members(place):
@@ -305,7 +340,8 @@ def _members(place):
 def _ctrgcn(name, place, num_joints):
     "Clips of CTR-GCN's x_train, y_train, … in the .npz at a place."
     there, index, names, labels = _members(place), [], [], []
-    for part in ("train", "test"):
+    test = "test" if {"x_test.npy", "y_test.npy"} <= {*there} else "val"
+    for part in ("train", test):
         x, y = (Rows(*place, n) if (n := f"{k}_{part}.npy") in there else () for k in "xy")
         y = np.array([y[i] for i in range(len(y))])
         if not (len(x) and len(y)):
@@ -325,7 +361,8 @@ def _ctrgcn(name, place, num_joints):
             raise ValueError(f"x_{part}: {size} numbers a frame are no whole bodies of "
                              f"{num_joints} joints × 3{could}: say which skeleton they have: "
                              "skeleton=…")
-        index += [(x, i, {_protocol(Path(name).stem): part}) for i in range(len(x))]
+        split = {_protocol(Path(name).stem): "train" if part == "train" else "test"}
+        index += [(x, i, split) for i in range(len(x))]
         names += [f"{Path(name).stem}_{part}_{i:06d}" for i in range(len(x))]
         labels += y.tolist()
     if not names:
@@ -337,7 +374,11 @@ def _ctrgcn(name, place, num_joints):
         return dict(joints=joints, label=labels[i], split=split, tags={"source": "ctr-gcn"})
 
     M = index[0][0].shape[2] // (3 * num_joints)
-    return _ArraySet("CTR-GCN arrays", names, labels, record, joints=[num_joints], bodies=M)
+    used = {f"{k}_{part}.npy" for k in "xy" for part in ("train", test)}
+    other = [n.removesuffix(".npy") for n in there if n not in used]
+    notes = [f"not read: {', '.join(other)}"] if other else []
+    return _ArraySet("CTR-GCN arrays", names, labels, record, joints=[num_joints], bodies=M,
+                     notes=notes)
 
 # %% ../nbs/10_arrays.ipynb #1433d77f
 def what_is_it(sample):
@@ -367,6 +408,7 @@ def _msg3d(path, files, arrays, labels=None):
     path = Path(os.path.abspath(path))
     folder = path.parent.name if path.suffix == ".npy" else path.stem
     protocol, index, names, numbers = _protocol(f"{arrays[0]}/{folder}"), [], [], []
+    notes = []
     cure = "they are made of joints on the fly: give the joint file"
     for name in arrays:
         if "motion" in name.lower():
@@ -374,10 +416,12 @@ def _msg3d(path, files, arrays, labels=None):
         part = re.match("train|val|test|", name.rpartition("/")[2].lower())[0]
         wanted = [name[: name.rfind("/") + 1] + p for p in (f"{part}_label.pkl", "label.pkl")]
         tables = [files[w] for w in wanted if w in files] if labels is None else [(labels,)]
-        if not tables:
-            raise ValueError(f"needs its labels: {wanted[not part]} is missing beside it (or give "
-                             "labels=…, a pickle of names and labels)")
-        x, (clips, of) = Rows(*files[name]), _read_names_and_labels(tables[0])
+        x = Rows(*files[name])
+        if not tables:  # to predict, none are needed
+            notes.append(f"no labels: {wanted[not part]}, a pickle of names and labels, is missing "
+                         "beside it (or labels=…)")
+        clips = [f"{Path(name).stem}_{i:06d}" for i in range(len(x))], [None] * len(x)
+        clips, of = _read_names_and_labels(tables[0]) if tables else clips
         if len(x.shape) != 5 or x.shape[1] not in (2, 3):
             raise ValueError(f"must be (clips, 2 or 3 channels, frames, joints, bodies): {x.shape}")
         if len(x) != len(clips):
@@ -400,10 +444,27 @@ def _msg3d(path, files, arrays, labels=None):
         split = {protocol: "train" if part == "train" else "test"} if part else {}
         return dict(joints=joints, visible=visible, label=numbers[i], tags=tags, split=split)
 
-    about = dict(bodies=index[0][0].shape[4], joints=sorted({x.shape[3] for x, *_ in index}))
+    about = dict(bodies=index[0][0].shape[4], joints=sorted({x.shape[3] for x, *_ in index}),
+                 notes=notes)
     return _ArraySet("MS-G3D / 2s-AGCN / ST-GCN arrays", names, numbers, record, **about)
 
 # %% ../nbs/10_arrays.ipynb #7ddcb12a
+def _axes_of(place):
+    "How many axes an .npy's array has; 0 if that can't be read, or if it is a pickle."
+    try:
+        return len(Rows(*place).shape)
+    except (ValueError, OSError):
+        return 0
+
+
+def _is_alone(place):
+    "Whether a pickle holds one annotation, as mmaction2's tools write them."
+    try:
+        return "keypoint" in load_pickle(*place)
+    except (ValueError, TypeError):
+        return False
+
+
 def open_arrays(
     path,  # of a file, a folder or a .zip
     files,  # {name: place} of what the folder or zip holds, or of what lies beside a file, and it
@@ -417,9 +478,12 @@ def open_arrays(
     pick = lambda form, names=own: [n for n in names if re.fullmatch(form, base(n))]
     arrays, pickles = pick(r".*\.npy"), pick(r".*(?<!label)\.(pkl|pickle)")
     packed = pick(r".*\.npz")
-    whole = lambda n: len(packed) <= 16 and {"x_train.npy", "x_test.npy"} & {*_members(files[n])}
+    sides = {"x_train.npy", "x_test.npy", "x_val.npy"}
+    whole = lambda n: len(packed) <= 16 and sides & {*_members(files[n])}
     packed = [*filter(whole, packed)]
-    if own != [path.name]:
+    if own == [path.name] and arrays and not re.match("(train|val|test)_", base(path.name)):
+        arrays = arrays if _axes_of(files[path.name]) == 5 else []  # else an array of one clip
+    elif own != [path.name]:
         arrays = pick(r"(train|val|test)_data(_joint)?\.npy")
         arrays = [n for n in arrays if f"{n[:-4]}_joint.npy" not in arrays]
     elif part := re.fullmatch(r"(train|val|test)_label\.(pkl|pickle)", base(path.name)):
@@ -429,7 +493,8 @@ def open_arrays(
     parts = {_split_of_file(name) for name in pickles}
     sets = {*map(folder, arrays), *packed}
     sets |= {re.sub("train|val|test", "", name.lower()) for name in pickles}
-    if len(sets) > 1 or len(parts) < len(pickles):
+    alone = len(pickles) > 1 and not arrays + packed and _is_alone(files[pickles[0]])
+    if not alone and (len(sets) > 1 or len(parts) < len(pickles)):
         names = sorted({folder(n) or n for n in arrays} | {*packed, *pickles})
         raise ValueError(f"holds several data sets; name one of them: {', '.join(names[:8])}")
     first = lambda name: "train" not in base(name)  # the part for training comes first
@@ -438,7 +503,7 @@ def open_arrays(
     elif packed:
         found = _ctrgcn(packed[0], files[packed[0]], num_joints)
     elif pickles:
-        found = _pyskl({name: files[name] for name in sorted(pickles, key=first)})
+        found = _pyskl({name: files[name] for name in sorted(pickles, key=first)}, alone)
     else:
         return None
     found.again, found.files = again, arrays + packed + pickles

@@ -6,8 +6,10 @@
 __all__ = ['SKELETONS', 'hop_distance', 'expect_fail', 'k_adjacency', 'normalize_adjacency', 'multi_scale_adjacency', 'Skeleton']
 
 # %% ../nbs/00_skeleton.ipynb #576efac9
+import json
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 
 import numpy as np
 from scipy.sparse.csgraph import shortest_path
@@ -226,3 +228,5 @@ SKELETONS = {s.name: s for s in (
         spine=("hip centre", "spine"), shoulders=("right shoulder", "left shoulder"),
     ),
 )}  # fmt: skip
+_more = json.loads(files("stf").joinpath("skeletons.json").read_text(encoding="utf-8"))
+SKELETONS |= {name: Skeleton(name, **layout) for name, layout in _more.items()}
