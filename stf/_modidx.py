@@ -509,8 +509,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                           'stf.sets._matlab': ('sets.html#_matlab', 'stf/sets.py'),
                           'stf.sets._metres': ('sets.html#_metres', 'stf/sets.py'),
                           'stf.sets._numbers': ('sets.html#_numbers', 'stf/sets.py'),
-                          'stf.sets._recordings': ('sets.html#_recordings', 'stf/sets.py'),
-                          'stf.sets._sides': ('sets.html#_sides', 'stf/sets.py'),
                           'stf.sets._ut_kinect': ('sets.html#_ut_kinect', 'stf/sets.py'),
                           'stf.sets.open_set': ('sets.html#open_set', 'stf/sets.py')},
             'stf.skeleton': { 'stf.skeleton.Skeleton': ('skeleton.html#skeleton', 'stf/skeleton.py'),

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from .arrays import ArraySet
-from .files import ClipError, expect, named, reading
+from .files import expect, named, reading
 from .skeleton import SKELETONS, Skeleton
 
-# %% ../nbs/10d_sets.ipynb #1298b527
-def _sides(*parts):
-    "Names of limbs joint by joint: the left ones, then the right ones."
-    return tuple(f"{side} {part}" for side in ("left", "right") for part in parts)
+# %% ../nbs/10d_sets.ipynb #def6382f
+_sides = lambda *parts: tuple(f"{side} {part}" for side in ("left", "right") for part in parts)
 
 
 def _fifteen(name, middle, hand, foot):
@@ -37,13 +35,13 @@ _KINECT = SKELETONS["kinect20"]
 _SBU = _fifteen("sbu15", "torso", "hand", "foot")
 _FLORENCE = _fifteen("florence15", "spine", "wrist", "ankle")
 
-# %% ../nbs/10d_sets.ipynb #28e5d334
+# %% ../nbs/10d_sets.ipynb #e15d76be
 @dataclass(frozen=True)
 class KinectSet:
     "A public set of Kinect recordings: all that is needed to read it."
 
     title: str
-    path: str  # pattern of the end of a path; groups: the clip's name, action, subject or pair, take
+    path: str  # how it ends: a pattern with groups name, action, subject or pair, take
     skeleton: Skeleton  # of the clips
     joints: tuple  # in the file's order
     classes: str  # names of actions 1, 2, …
@@ -69,27 +67,22 @@ SETS = {
     "ut-kinect": KinectSet(
         "UT-Kinect", r"/joints_(s(?P<subject>\d+)_e(?P<take>\d+))\.txt", _KINECT, _KINECT.joints,
         "walk, sit down, stand up, pick up, carry, throw, push, pull, wave hands, clap hands",
-        before=1,
-    ),
+        before=1),
     "sbu": KinectSet(
         "SBU Kinect Interaction",
         r"/((?P<pair>s\d+s\d+)/(?P<action>\d+)/(?P<take>\d+))/skeleton_pos\.txt", _SBU, _SBU.joints,
         "approaching, departing, kicking, pushing, shaking hands, hugging, exchanging object, "
         "punching",
         before=1, bodies=2, scale=(-2.56, -1.92, 1.28), offset=(1.28, 0.96, 0),
-        tested={f"fold{k}": {*pairs.split()} for k, pairs in enumerate(_FOLDS, 1)},
-    ),
+        tested={f"fold{k}": {*pairs.split()} for k, pairs in enumerate(_FOLDS, 1)}),
     "utd-mhad": KinectSet(
         "UTD-MHAD", _TAKE + r"\.mat", _KINECT,
         ("head", "shoulder centre", "spine", "hip centre", *_KINECT.joints[4:]),
-        "right arm swipe to the left, right arm swipe to the right, right hand wave, two hand "
-        "front clap, right arm throw, cross arms in the chest, basketball shoot, draw x, draw "
-        "circle (clockwise), draw circle (counter clockwise), draw triangle, bowling, front "
-        "boxing, baseball swing from right, tennis forehand swing, arm curl, tennis serve, two "
-        "hand push, knock on door, catch an object, pick up and throw, jogging in place, walking "
-        "in place, sit to stand, stand to sit, forward lunge, squat",
-        tested={"xsub": _EVEN},
-    ),
+        "swipe left, swipe right, wave, clap, throw, cross arms, basketball shoot, draw x, draw "
+        "circle (clockwise), draw circle (counter clockwise), draw triangle, bowling, boxing, "
+        "baseball swing, tennis swing, arm curl, tennis serve, push, knock, catch, pick up and "
+        "throw, jog, walk, sit to stand, stand to sit, lunge, squat",
+        tested={"xsub": _EVEN}),
     "msr-action3d": KinectSet(
         "MSR-Action3D", _TAKE + r"3D\.txt", _KINECT,
         (*_PAIRS[:2], "shoulder centre", "spine", *_PAIRS[2:4], "hip centre", *_PAIRS[4:], "head"),
@@ -98,30 +91,28 @@ SETS = {
         "kick, side kick, jogging, tennis swing, tennis serve, golf swing, pick up and throw",
         values=4, lines=20, tested=dict.fromkeys(("xsub", "as1", "as2", "as3"), _EVEN),
         only={"as1": {2, 3, 5, 6, 10, 13, 18, 20}, "as2": {1, 4, 7, 8, 9, 11, 12, 14},
-              "as3": {6, *range(14, 21)}},
-    ),
+              "as3": {6, *range(14, 21)}}),
     "florence3d": KinectSet(
-        "Florence 3D", r"/Florence_dataset_WorldCoordinates\.txt", _FLORENCE, _FLORENCE.joints,
+        "Florence 3D", r"/(Florence_dataset_WorldCoordinates)\.txt", _FLORENCE, _FLORENCE.joints,
         "wave, drink from a bottle, answer phone, clap, tight lace, sit down, stand up, "
         "read watch, bow",
-        before=3, scale=(1e-3,) * 3, tested={f"actor{k}": {k} for k in range(1, 11)},
-    ),
+        before=3, scale=(1e-3,) * 3, tested={f"actor{k}": {k} for k in range(1, 11)}),
 }  # fmt: skip
 
-# %% ../nbs/10d_sets.ipynb #3a737e5b
+# %% ../nbs/10d_sets.ipynb #375311a8
 def _numbers(data, d, span=None):
     "(lines, numbers) of the lines of text whose first number is in a span. ClipError."
     width, rows = d.before + d.bodies * len(d.joints) * d.values // d.lines, []
     for at, line in enumerate(data.replace(b",", b" ").splitlines(), 1):
-        words = line.split(None, 1 if span else -1)
+        words = line.split()
         try:
             if not words or span and not span[0] <= float(words[0]) <= span[1]:
                 continue
-            row = [*map(float, line.split())]
+            row = [*map(float, words)]
         except ValueError:
             row = []
         good = len(row) == width and all(abs(x) < 1e9 for x in row)  # NaN neither
-        expect(good, f"must be {width} finite numbers, not {len(line.split())} words such as "
+        expect(good, f"must be {width} finite numbers, not {len(words)} words such as "
                f"{line[:24].decode('latin1')!r}", f"line {at}")  # fmt: skip
         rows.append(row)
     expect(rows, f"no frame with a number from {span[0]:g} to {span[1]:g}" if span else "is empty")
@@ -148,93 +139,79 @@ def _metres(numbers, d):
     order = [d.joints.index(joint) for joint in d.skeleton.joints]
     return joints[:, :, order].transpose(1, 0, 2, 3).astype(np.float32)
 
-# %% ../nbs/10d_sets.ipynb #761ad804
-def _recordings(files, members, d):
-    "[(file, name, action, tags, span)] of files that hold one clip each, and how many are lost."
-    clips = []
-    for i, m in members:
-        tags = {k: v if k == "pair" else int(v) for k, v in m.groupdict().items()}
-        clips.append((i, m[1].replace("/", "_"), tags["action"], tags, None))
-    return clips, 0
-
-
+# %% ../nbs/10d_sets.ipynb #eed9bfc7
 def _ut_kinect(files, members, d):
-    "Clips of UT-Kinect, as of `_recordings`, by its actionLabel.txt."
-    lists = [i for i, n in enumerate(files.names) if n.rpartition("/")[2] == "actionLabel.txt"]
-    expect(lists, "actionLabel.txt is missing, which says where UT-Kinect's actions are: put it "
-           "into this folder")  # fmt: skip
+    "Clips (file, name, tags, span) that actionLabel.txt lists; how many have no frames. ClipError."
+    places = {name.rpartition("/")[2]: i for i, name in enumerate(files.names)}
+    expect("actionLabel.txt" in places, "actionLabel.txt is missing, which says where UT-Kinect's "
+           "actions are: put it into this folder")  # fmt: skip
     words = {name.replace(" ", ""): k for k, name in enumerate(d.classes.split(", "), 1)}
     entry, listed, entries = r"\s*(\w+)\s*:\s*(NaN|\d+)\s+(NaN|\d+)\s*", {}, []
-    with reading(files.open(lists[0])) as (data, _):
+    with reading(files.open(places["actionLabel.txt"])) as (data, _):
         for at, line in enumerate(data.decode("latin1").splitlines(), 1):
-            m = re.fullmatch(entry, line)
-            if m and m[1].lower() in words:
-                entries.append((m[1], words[m[1].lower()], float(m[2]), float(m[3])))
+            if (m := re.fullmatch(entry, line)) and m[1].lower() in words:
+                entries.append((m[1], words[m[1].lower()], (float(m[2]), float(m[3]))))
             elif re.fullmatch(r"\s*s\d+_e\d+\s*", line):
                 entries = listed.setdefault(line.strip(), [])
             else:
-                reason = "must be a recording, such as s01_e01, or an action, such as walk: 252 390"
-                expect(not line.strip(), reason, f"line {at}")
-        for _, m in members:
-            expect(m[1] in listed, f"has no recording {m[1]}")
-    clips = [(i, f"{m[1]}_{word}", action, {k: int(v) for k, v in m.groupdict().items()}, span)
-             for i, m in members for word, action, *span in listed[m[1]]]  # fmt: skip
-    seen = [clip for clip in clips if not np.isnan(clip[4]).any()]
-    return seen, len(clips) - len(seen)
+                expect(not line.strip(), "must be a recording, such as s01_e01, or one of its "
+                       "actions, such as walk: 252 390", f"line {at}")  # fmt: skip
+        for _, name, *_ in members:
+            expect(name in listed, f"lists no actions of {name}")
+    clips = [(i, f"{name}_{word}", {"action": action, **tags}, span)
+             for i, name, tags, _ in members for word, action, span in listed[name]]  # fmt: skip
+    found = [clip for clip in clips if not np.isnan(clip[3]).any()]
+    return found, len(clips) - len(found)
 
 
 def _florence3d(files, members, d):
-    "Clips of Florence 3D, as of `_recordings`, in the order of their numbers."
-    i, found, takes = members[0][0], {}, {}
+    "The clips of one file whose lines begin with clip, actor and action. ClipError."
+    i, found = members[0][0], {}
     with reading(files.open(i)) as (data, _):
         for at, line in enumerate(data.splitlines(), 1):
-            if words := line.split(None, 3)[:3]:
-                good = len(words) == 3 and all(word.isdigit() for word in words)
-                expect(good, "must begin with the numbers of clip, actor and action", f"line {at}")
-                clip, actor, action = map(int, words)
-                found.setdefault(clip, (actor, action))
-    clips = []
-    for clip, (actor, action) in sorted(found.items()):
-        take = takes[actor, action] = takes.get((actor, action), 0) + 1
-        tags = {"action": action, "subject": actor, "take": take}
-        clips.append((i, f"video{clip:03d}", action, tags, (clip, clip)))
-    return clips, 0
+            head = re.match(rb"\s*(\d+)\s+(\d+)\s+(\d+)\s", line)
+            good = head or not line.strip()
+            expect(good, "must begin with the numbers of clip, actor and action", f"line {at}")
+            if head:
+                clip, actor, action = map(int, head.groups())
+                found[clip] = {"action": action, "subject": actor}
+    return [(i, f"video{k:03d}", tags, (k, k)) for k, tags in sorted(found.items())], 0
 
-# %% ../nbs/10d_sets.ipynb #16d3de32
+# %% ../nbs/10d_sets.ipynb #54a949c1
 def open_set(
     files,  # stf.files.Files
 ):  # an ArraySet whose records also have class_name and skeleton; None: none of these sets
     "The clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError if incomplete."
     where = {i: os.path.abspath(w).replace("\\", "/") for i, w in enumerate(files.where)
              if w.lower().endswith((".txt", ".mat"))}  # fmt: skip
-    ends = lambda path: [(i, m) for i, w in where.items() if (m := re.search(f"{path}$", w))]
+    tags = lambda m: {k: v if k == "pair" else int(v) for k, v in m.groupdict().items()}
+    ends = lambda path: [(i, m[1].replace("/", "_"), tags(m), None)
+                         for i, w in where.items() if (m := re.search(f"{path}$", w))]  # fmt: skip
     found = {key: members for key, d in SETS.items() if (members := ends(d.path))}
-    with named(files.path):
-        titles = " and ".join(SETS[key].title for key in found)
-        expect(len(found) < 2, f"holds several sets, {titles}: name the folder of one")
-        pixels = not found and ends(_TAKE + r"\.txt")
-        expect(not pixels, "MSR-Action3D in pixels and depth: fetch MSRAction3DSkeletonReal3D, "
-               "whose files end in _skeleton3D.txt")  # fmt: skip
-        if not found:
-            return None
-        (key, members), many = found.popitem(), {"ut-kinect": _ut_kinect, "florence3d": _florence3d}
-        d = SETS[key]
-        clips, lost = many.get(key, _recordings)(files, members, d)
+    titles = " and ".join(SETS[key].title for key in found)
+    expect(len(found) < 2, f"holds several sets, {titles}: name the folder of one")
+    if not found:
+        expect(not ends(_TAKE + r"\.txt"), "MSR-Action3D in pixels and depth: fetch its "
+               "MSRAction3DSkeletonReal3D, whose files end in _skeleton3D.txt")  # fmt: skip
+        return None
+    (key, members), many = found.popitem(), {"ut-kinect": _ut_kinect, "florence3d": _florence3d}
+    d = SETS[key]
+    clips, lost = many[key](files, members, d) if key in many else (members, 0)
     classes, read = d.classes.split(", "), _matlab if d.path.endswith("mat") else _numbers
 
     def record(i):
-        at, _, action, tags, span = clips[i]
+        at, _, tags, span = clips[i]
+        action, group = tags["action"], tags.get("pair", tags.get("subject"))
         with reading(files.open(at)) as (data, _):
             expect(0 < action <= len(classes), f"action {action}, but {d.title} has {len(classes)}")
             joints = _metres(read(data, d, span), d)
-        group = tags.get("pair", tags.get("subject"))
         split = {p: "test" if group in tested else "train" for p, tested in d.tested.items()
                  if action in d.only.get(p, [action])}  # fmt: skip
         return dict(joints=joints, visible=None, label=action - 1, tags=tags, split=split,
                     class_name=classes[action - 1], skeleton=d.skeleton)  # fmt: skip
 
-    names, labels = [clip[1] for clip in clips], [clip[2] - 1 for clip in clips]
-    opened = ArraySet(d.title, names, labels, record, joints=[len(d.joints)], bodies=d.bodies,
-                      lost=lost)  # fmt: skip
+    names, labels = [clip[1] for clip in clips], [clip[2]["action"] - 1 for clip in clips]
+    about = dict(joints=[len(d.joints)], bodies=d.bodies, lost=lost)
+    opened = ArraySet(d.title, names, labels, record, **about)
     opened.again, opened.where = (open_set, (files,)), [files.where[clip[0]] for clip in clips]
     return opened
