@@ -166,8 +166,11 @@ class _Unpickler(pickle._Unpickler):
 
 def load_pickle(*place):
     "Plain values in a pickle (path, member, …), arrays to be had by `_plain`; else ValueError."
-    place, handles = (os.path.abspath(place[0]), *place[1:]), Handles()
-    opened = lambda: handles.get(_open_place, *place)[0]
+    if hasattr(place[0], "read"):  # an open file
+        opened = lambda: place[0]
+    else:
+        place, handles = (os.path.abspath(place[0]), *place[1:]), Handles()
+        opened = lambda: handles.get(_open_place, *place)[0]
     try:
         machine = _Unpickler(opened(), encoding="latin1")
         machine.opened = opened
@@ -257,8 +260,8 @@ def _check_split(splits, known):
             continue
         found = {known[name] for name in listed if name in known}
         if listed and not found:
-            raise ValueError(f"the split names {len(listed):,} clips for {protocol} {side}, none of "
-                             f"which is here: {listed[0]!r}, but there is {next(iter(known))!r}")
+            raise ValueError(f"the split {protocol} names {len(listed):,} clips for {side}, none "
+                             f"of which is here: {short(listed[0])}, but there is {next(iter(known))!r}")
         if missing := len({*listed}) - len(found):
             notes.append(f"{missing:,} of {len({*listed}):,} clips of {protocol} {side} missing")
         side = "train" if side == "train" else "test"
@@ -291,7 +294,8 @@ def _pyskl(files, alone=False):
         for key, listed in split.items() if isinstance(split, dict) else ():
             listed = _plain(listed)
             if (part := _split_of_key(key)) and isinstance(listed, (list, tuple, np.ndarray)):
-                splits.setdefault(part, []).extend(map(str, listed))
+                listed = (v if isinstance(v, str) else short(v) for v in listed)
+                splits.setdefault(part, []).extend(listed)
             else:
                 notes.append(f"split {short(key)} is not read: no …train, …val or …test of names")
         if not split and (part := _split_of_file(name)):

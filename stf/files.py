@@ -119,12 +119,13 @@ _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
 _HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # files, and macOS clutter
 
 
-_KINDS = {".skeleton": "ntu", ".npz": "plain", ".npy": "plain", ".pkl": "arrays",
+_KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays",
           ".pickle": "arrays"}  # fmt: skip
-_JSON = {"ucla": rb'"skeletons"', "kinetics": rb'"data"',
-         "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:'}  # fmt: skip
+_CONTENT = {  # what tells where the ending doesn't
+    ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data"',
+              "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:'},
+    ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
 _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
-_JSONS = 1 << 30  # most bytes of one
 _binary = lambda path: open(path, "rb")
 
 
@@ -254,15 +255,16 @@ class Files:
         return self._open(*self.entries[i][1:])
 
     def kinds(self, entries) -> dict:
-        "{kind: first file} of recordings, by their endings; JSON by the first of 50 that tells."
-        found, jsons = {}, 50
+        "{kind: first file} of recordings, by their endings, or by the first of 50 that tells."
+        found, left = {}, 50
         for name, *place in entries:
             ending = os.path.splitext(name)[1].lower() if _LOOSE.fullmatch(name) else ""
             kind = "arrays" if _DATA.search(name) else _KINDS.get(ending)
-            if ending == ".json" and jsons and not _JSON.keys() & found:
-                jsons -= 1
-                with suppress(ClipError), reading(self._open(*place), limit=_JSONS) as (data, _):
-                    kind = next((k for k, words in _JSON.items() if re.search(words, data)), None)
+            words = _CONTENT.get(ending, {})
+            if not kind and left and words and not words.keys() & found:
+                left -= 1
+                with suppress(ClipError), reading(self._open(*place), limit=1 << 28) as (data, _):
+                    kind = next((k for k, word in words.items() if re.search(word, data)), None)
             if kind:
                 found.setdefault(kind, name)
         return found
@@ -323,7 +325,10 @@ def read_label_table(path) -> dict:
             about = {"class_name": own.pop("class", None) or own.pop("class_name", None)}
             about |= {"label": None if label is None else int(label)}
             about["split"] = {"official": own.pop("split")} if "split" in own else {}
-            found[name] = about | {"tags": {k: int(v) if v.isdigit() else v for k, v in own.items()}}
+            side = about["split"].get("official", "train")
+            expect(side in ("train", "test"), f"split {side!r}: train or test", f"line {n}")
+            tags = {k: int(v) if v.isdigit() else v for k, v in own.items()}
+            found[name] = about | {"tags": tags}
         words = sorted({entry["class_name"] for entry in found.values()} - {None})
         for entry in found.values() if "label" not in head else ():
             entry["label"] = words.index(entry["class_name"]) if entry["class_name"] else None

@@ -153,7 +153,7 @@ def test_numbers_equal_float(number):
 @settings(max_examples=150, **FUZZ)
 def test_any_number_equals_float(xyz, digits, form):
     words = [f"{v:.{digits}{form}}" for v in xyz]
-    rows = 25 * (" ".join(words) + " 0 0 0 0 0 0 0 0 2\n")
+    rows = "1 1 1" + 24 * (" 0 0 0 0 0 0 0 0 2\n" + " ".join(words)) + " 0 0 0 0 0 0 0 0 2\n"
     found = ntu("1\n1\n1 0 1 1 1 1 0 0 0 2\n25\n" + rows).joints[0, 0, 7]
     np.testing.assert_array_equal(found, np.array([float(word) for word in words], np.float32))
     assert (np.signbit(found) == [w.startswith("-") for w in words]).all()
@@ -477,7 +477,7 @@ J = np.ones((2, 3, 2))
 @pytest.mark.parametrize("arrays, reason", [
     (dict(x=J), "unknown key"), (dict(label=3), "no 'joints'"), (dict(joints=J[0]), "T,V,C"),
     (dict(joints=J, label=1.5), "whole number"), (dict(joints=J, label=[1, 2]), "whole number"),
-    (dict(joints=J, label=-1), "label"), (dict(joints=J, class_name=3), "text"),
+    (dict(joints=J, label=-2), "label"), (dict(joints=J, class_name=3), "text"),
     (dict(joints=J, skeleton="cat"), "not known"), (dict(joints=np.array([None])), "pickle"),
     (dict(joints=J, tags="[]"), "tags: must be a dict"), (dict(joints=J, label=2**63 - 1), "label"),
     (dict(joints=J, split='["train"]'), "split: must be a dict"),
@@ -660,7 +660,8 @@ def test_mixed_folders_and_wrong_arguments(tmp_path):
     assert len(open_clips(mixed, kind="ntu")) == 1
     (mixed / "b.json").write_text('{"classes": ["drink water"]}')  # no recording
     assert len(open_clips(mixed)) == 1
-    refused("need no labels", open_clips, mixed, labels="nowhere.json")
+    refused("no such file", open_clips, mixed, labels="nowhere.json")
+    refused("give a table", open_clips, mixed, labels=mixed / "b.json")
     refused("unknown kind", open_clips, mixed, kind="bvh")
     with pytest.raises(ValueError, match="must be a Skeleton"):
         open_clips(mixed, skeleton="ntu25")
