@@ -109,6 +109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                          'stf.cli._result': ('command_line.html#_result', 'stf/cli.py'),
                          'stf.cli._scores_of': ('command_line.html#_scores_of', 'stf/cli.py'),
                          'stf.cli._show_store': ('command_line.html#_show_store', 'stf/cli.py'),
+                         'stf.cli._trainings': ('command_line.html#_trainings', 'stf/cli.py'),
                          'stf.cli._typed': ('command_line.html#_typed', 'stf/cli.py'),
                          'stf.cli._with_config': ('command_line.html#_with_config', 'stf/cli.py'),
                          'stf.cli.ablation': ('command_line.html#ablation', 'stf/cli.py'),

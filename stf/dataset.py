@@ -105,7 +105,7 @@ def _groups(store, clips, tag):
 
 def _tested(store, protocol):
     "Test clips under a protocol like subject=2,5 or clip:1/5, as `ClipStore.split` says; or None."
-    if not (found := re.fullmatch(r"([^=:]+)(?:=(.+)|:(\d+)/(\d+))", protocol)):
+    if not (found := re.fullmatch(r"([^=:]+)(?:=(.+)|:(-?\d+)/(-?\d+))", protocol)):
         return None
     tag, values, *numbers = found.groups()
     groups, what = _groups(store, range(len(store)), tag), f"{store.folder}: protocol {protocol!r}"

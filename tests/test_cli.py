@@ -16,7 +16,7 @@ from stf.dataset import ClipStore
 from stf.evaluate import Scores
 from stf.experiments import load_records, record_scores
 from stf.synthetic import SyntheticConfig, write_synthetic
-from stf.train import Config, Run
+from stf.train import Config, Ensemble, Run
 from test_experiments import made  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,7 @@ def typed(monkeypatch, *words):
 @pytest.mark.parametrize("words, message", [
     ("train ntu60-xsub-join", "did you mean 'ntu60-xsub-joint'"), ("train", "needs a preset"),
     ("train ucla-small --data nowhere --folder {tmp}/r", "nowhere"),
-    ("evaluate", "at least one source"), ("evaluate {tmp}", "holds no scores"),
+    ("evaluate", "at least one source"), ("evaluate {tmp}", "no checkpoint in"),
     ("info {tmp}/none", "no checkpoint"), ("prepare {tmp}/none {tmp}/s", "none"),
     ("train ucla-small --lr -1", "lr must be of type float ≥ 0"),
     ("train ucla-small --no-such 1", "no-such"), ("trian", "trian"),
@@ -102,12 +102,52 @@ def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys)
     assert "{frobenius,rms}" in said
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    "Folder of a store: three actions of four people, a clip each."
+    folder = tmp_path_factory.mktemp("cli")
+    few = SyntheticConfig(actions=(23, 27, 44), subjects=(1, 2, 3, 6), cameras=(2,))
+    write_synthetic(folder / "raw", few, progress=False)
+    return ClipStore.build(open_clips(folder / "raw"), folder / "s", progress=False).folder
+
+
+def test_folds_and_test_subjects_are_protocols(store, monkeypatch, capsys):
+    """Fold k has top-1 10k; its run has a name, a folder and a protocol of its own."""
+    seen = []
+
+    def run(c):
+        seen.append((c.name, c.folder, c.protocol))
+        top1 = 10.0 * int(c.name[-1]) if "fold" in c.name else 0.0
+        return Run(Path("r"), c, pd.DataFrame(), top1, [])
+
+    both = lambda c: Ensemble({"M1": run(c)}, None, 90.0 + run(c).top1 / 10)
+    monkeypatch.setattr("stf.train.run", run)
+    monkeypatch.setattr("stf.train.run_stf", both)
+    words = ("train", "synthetic", "--data", store)
+    typed(monkeypatch, *words, "--test-subjects", 2, 6)
+    assert seen == [("synthetic", "", "subject=2,6")]
+    seen.clear()
+    typed(monkeypatch, *words, "--folds", 4, "--folder", "own")
+    assert seen == [(f"synthetic-fold{k}", f"own-fold{k}", f"subject:{k}/4") for k in (1, 2, 3, 4)]
+    said = capsys.readouterr().out
+    assert "synthetic-fold3: top-1 30.00 %" in said and "top-1: 25.00 ± 12.91 %, mean" in said
+    typed(monkeypatch, *words, "--folds", 5, "--both-stages")
+    said = capsys.readouterr().out
+    assert seen[-1] == ("synthetic-fold5", "", "clip:5/5") and "5 folds by clip, for" in said
+    assert "M1: 30.00 ± 15.81 %" in said and "M5: 93.00 ± 1.58 %" in said
+    for wrong, message in (("--folds 1", "from 2 to 12"), ("--folds -2", "from 2 to 12"),
+                           ("--folds 2 --test-subjects 2", "give one of them")):
+        with pytest.raises(SystemExit):
+            typed(monkeypatch, *words, *wrong.split())
+        assert message in capsys.readouterr().err
+
+
 def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa: F811
     folder, records = made
     first, a, b = (folder / f"run-seed0{t}" for t in ("", "-stf-dcg", "-stf-e"))
     typed(monkeypatch, "evaluate", a, b, "--baseline", first, "--save", tmp_path / "both.npz")
     said, m5 = capsys.readouterr().out, records[-1]
-    assert f"{m5['top1']:6.2f}" in said and "class by class" in said
+    assert f"{m5['top1']:6.2f}" in said and "class by class" in said and "top-5" not in said
     both = Scores.load(tmp_path / "both.npz").probabilities
     assert np.allclose(both, record_scores(m5).probabilities, atol=1e-6)
     config = cli.named_config(str(first))  # `stf train <run's folder>` goes on
