@@ -139,16 +139,18 @@ def _result(run):
 
 
 def info(
-    what: Positional[str] = "",
+    what: Annotated[Positional[str], arg(metavar="WHAT")] = "",
     verify: bool = False,
+    skeleton: str = "",
 ):
     """Describe a store, run, checkpoint, preset or recordings; without an argument, list presets.
 
     Args:
         what: folder of a store, run or checkpoint, the name of a preset, or recordings
         verify: read a whole store and compare it with the checksums taken when it was built
+        skeleton: joint layout of recordings that don't name it: a known name, or a JSON file
     """
-    from stf.checkpoints import ConfigError, read_header
+    from stf.checkpoints import ConfigError, named_skeleton, read_header
     from stf.dataset import ClipStore, open_input
     from stf.train import Config, Run, presets
 
@@ -172,7 +174,7 @@ def info(
         _show_store(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
     elif folder.exists() and not _is_checkpoint(folder):
-        print(open_input(folder).summary)
+        print(open_input(folder, skeleton=named_skeleton(skeleton)).summary)
     else:
         header = read_header(folder)
         shown = {k: v for k, v in header.items() if k not in ("config", "skeleton", "state")}
@@ -344,7 +346,7 @@ def _scores_of(source, store, protocol):
 
 
 def evaluate(
-    sources: Positional[tuple[str, ...]],
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE …")],
     store: str = "",
     protocol: str = "",
     baseline: str = "",
@@ -394,8 +396,8 @@ def demo(
 
 
 def import_msg3d(
-    file: Positional[str],
-    folder: Positional[str],
+    file: Annotated[Positional[str], arg(metavar="FILE")],
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")],
     stream: Literal["", "joint", "bone", "joint-motion", "bone-motion"] = "",
     preset: str = "",
     skeleton: str = "",
@@ -502,14 +504,22 @@ def call(
 
 # %% ../nbs/60_command_line.ipynb #0b12b8f2
 def _typed(error):
-    "An error's text with Python's options as they are typed: overwrite=True as --overwrite."
-    from stf.train import Config
+    "An error's text with options and lists as they are typed: overwrite=True as --overwrite."
+    from stf.train import Config, ConfigError
 
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    names = "|".join([f.name for f in fields(Config)] + ["kind", "labels", "overwrite", "skeleton"])
+    names = [f.name for f in fields(Config)]
+    names += ["kind", "labels", "overwrite", "skeleton", "strict", "workers"]
+    every, odd = "|".join(names), "|".join(name for name in names if "_" in name)
     option = lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3]}".removesuffix(" True")
-    return re.sub(rf"(?<![\w/])({names})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
+    text = re.sub(rf"(?<![\w/])({every})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
+    bare = rf"(?:\A(?:{every})|(?<=[ (])(?:{odd}))(?=[ ,;]|$)"  # batch_size must be …
+    text = re.sub(bare, lambda m: f"--{m[0].replace('_', '-')}", text)
+    if type(error) is ConfigError:  # got (6, 12)
+        values = r"[([]((?:[\d.]+|'[^']*'),[^][()]*)[])]"
+        text = re.sub(values, lambda m: m[1].replace(",", ""), text)
+    return text
 
 
 def _fail(error, code):

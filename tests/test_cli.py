@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stf import cli
-from stf.checkpoints import load_checkpoint
+from stf.checkpoints import ConfigError, load_checkpoint
 from stf.clips import open_clips
 from stf.dataset import ClipStore
 from stf.evaluate import Scores
@@ -57,12 +57,18 @@ def test_help_names_all_commands_without_torch():
     ("14 joints: name it by skeleton=…", "14 joints: name it by --skeleton …"),
     ("needs model='stf': 'msg3d' has no β", "needs --model stf: 'msg3d' has no β"),
     ("batch_size=4, accumulate=2: less", "--batch-size 4, --accumulate 2: less"),
+    ("batch_size must be at least 1", "--batch-size must be at least 1"),
+    ("use a larger batch_size, or less", "use a larger --batch-size, or less"),
+    ("widths must be odd, got (5, 4)", "--widths must be odd, got 5 4"),
+    ("its classes is ['a b', 'c'], not ('d',)", "its classes is 'a b' 'c', not 'd'"),
+    ("no 'batchsize'; did you mean 'batch_size'?", "no 'batchsize'; did you mean 'batch_size'?"),
+    ("data/lr 1/batch_size/x: no file", "data/lr 1/batch_size/x: no file"),
     ("k=3 of /data/x=1/a.npz", "k=3 of /data/x=1/a.npz"),
     ("lr=0.1/run.json: damaged", "lr=0.1/run.json: damaged"),
 ])
 def test_options_in_messages_are_those_that_one_types(capsys, text, shown):
     with pytest.raises(SystemExit):
-        cli._fail(ValueError(text), 1)
+        cli._fail(ConfigError(text), 1)
     assert capsys.readouterr().err == f"stf: {shown}\n"
 
 
@@ -71,7 +77,7 @@ def test_skeletons_are_named_alike_everywhere(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "w.pt").write_bytes(b"")
     imported = "import-msg3d {t}/w.pt {t}/n --stream joint"
-    for command in ("prepare {t}/w.pt {t}/s", "predict {t}/w.pt", imported):
+    for command in ("prepare {t}/w.pt {t}/s", "predict {t}/w.pt", imported, "info {t}/w.pt"):
         for skeleton, reason in (("cat", "no skeleton 'cat'; known are ntu25"),
                                  (tmp_path / "list.json", "list.json: describes no skeleton")):
             with pytest.raises(SystemExit) as stop:
