@@ -346,7 +346,7 @@ def _scores_of(source, store, protocol):
 
 
 def evaluate(
-    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="SOURCE …")],
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE …]")],
     store: str = "",
     protocol: str = "",
     baseline: str = "",
