@@ -15,6 +15,7 @@ import sys
 from dataclasses import asdict, fields
 from inspect import signature
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Annotated, Literal
 
 import tyro
@@ -138,16 +139,18 @@ def _result(run):
 
 
 def info(
-    what: Positional[str] = "",
+    what: Annotated[Positional[str], arg(metavar="WHAT")] = "",
     verify: bool = False,
+    skeleton: str = "",
 ):
     """Describe a store, run, checkpoint, preset or recordings; without an argument, list presets.
 
     Args:
         what: folder of a store, run or checkpoint, the name of a preset, or recordings
         verify: read a whole store and compare it with the checksums taken when it was built
+        skeleton: joint layout of recordings that don't name it: a known name, or a JSON file
     """
-    from stf.checkpoints import ConfigError, read_header
+    from stf.checkpoints import ConfigError, named_skeleton, read_header
     from stf.dataset import ClipStore, open_input
     from stf.train import Config, Run, presets
 
@@ -171,7 +174,7 @@ def info(
         _show_store(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
     elif folder.exists() and not _is_checkpoint(folder):
-        print(open_input(folder).summary)
+        print(open_input(folder, skeleton=named_skeleton(skeleton)).summary)
     else:
         header = read_header(folder)
         shown = {k: v for k, v in header.items() if k not in ("config", "skeleton", "state")}
@@ -187,22 +190,57 @@ def _is_checkpoint(path):
         return False
 
 # %% ../nbs/60_command_line.ipynb #6f92bdd9
+def _trainings(config, test_subjects, folds):
+    "The configurations to train: one, or one for each fold. ConfigError, StoreError."
+    from stf.checkpoints import ConfigError
+    from stf.dataset import ClipStore, StoreError
+
+    if test_subjects and folds:
+        raise ConfigError("--test-subjects and --folds both say who is tested: give one of them")
+    if not folds:
+        tested = {"protocol": f"subject={','.join(test_subjects)}"} if test_subjects else {}
+        return [config.replace(**tested)]
+    store, by = ClipStore(config.data).subset(classes=config.classes or None), "subject"
+    try:
+        store.split(f"subject:1/{folds}")
+    except StoreError:
+        store.split(f"clip:1/{folds}")
+        by = "clip"
+    tails = {f"-fold{k}": f"{by}:{k}/{folds}" for k in range(1, folds + 1)}
+    return [config.replace(name=config.name + tail, folder=config.folder and config.folder + tail,
+                           protocol=protocol) for tail, protocol in tails.items()]  # fmt: skip
+
+
 def train(
     config,
     both_stages: Annotated[bool, arg(help="also both STF networks, and their ensemble")] = False,
+    test_subjects: Annotated[
+        tuple[str, ...], arg(help="tested, while the others train: --protocol subject=…,…")
+    ] = (),
+    folds: Annotated[
+        int, arg(help="so many trainings, each tested on other subjects (or clips, if too few)")
+    ] = 0,
 ):
     "Train one network, or continue a training that was stopped."
     from stf.train import run, run_stf
 
-    made = run_stf(config) if both_stages else run(config)
-    if int(os.environ.get("RANK", 0)):
-        return
-    if not both_stages:
-        print(f"{_result(made)}; {made.folder}")
-        return
-    for row, one in made.runs.items():
-        print(f"{row}: top-1 {one.top1:.2f} %, {one.folder}")
-    print(f"M5: top-1 {made.top1:.2f} % (average of M4 and Le)")
+    say = (lambda text: None) if int(os.environ.get("RANK", 0)) else print
+    configs, top1 = _trainings(config, test_subjects, folds), {}
+    if folds:
+        by, _, _ = configs[0].protocol.partition(":")
+        say(f"{folds} folds by {by}" + ", for there are fewer subjects" * (by == "clip"))
+    for c in configs:
+        made = run_stf(c) if both_stages else run(c)
+        rows = made.runs if both_stages else {c.name: made}
+        told = {row: (one.top1, f"{_result(one)}; {one.folder}") for row, one in rows.items()}
+        if both_stages:
+            told["M5"] = made.top1, f"top-1 {made.top1:.2f} %, the average of M4 and Le"
+        for row, (value, text) in told.items():
+            top1.setdefault(row if both_stages else "top-1", []).append(value)
+            say(f"{row}: {text}")
+    for row, values in top1.items() if folds else ():
+        say(f"{row}: {mean(values):.2f} ± {stdev(values):.2f} %, mean and standard deviation over "
+            f"{folds} folds")  # fmt: skip
 
 # %% ../nbs/60_command_line.ipynb #0a097979
 _Seeds = Annotated[tuple[int, ...], arg(help="of the trainings")]
@@ -294,22 +332,23 @@ def _scores_of(source, store, protocol):
     path = Path(source)
     if path.suffix == ".npz" or not store and (path / "scores.npz").exists():
         return Scores.load(path if path.suffix == ".npz" else path / "scores.npz")
+    net, header = load_checkpoint(path)
     if not store:
         raise ConfigError(f"{source} holds no scores; name a store to compute them: --store data/…")
-    net, header = load_checkpoint(path)
     data = ClipStore(store)
     if header["skeleton"]["joints"] != list(data.skeleton.joints):
         ours, theirs = header["skeleton"]["name"], data.skeleton.name
         raise ConfigError(f"{source} was trained on skeleton {ours!r}, {store} has {theirs!r}")
     if header["classes"] != list(data.classes):  # in the network's order, without others
         data = data.subset(classes=header["classes"])
+    protocol = protocol or header.get("config", {}).get("protocol", "xsub")
     return predict_scores(net, data, data.split(protocol)[1], **batch_options(header))
 
 
 def evaluate(
-    sources: Positional[tuple[str, ...]],
+    sources: Annotated[Positional[tuple[str, ...]], arg(metavar="[SOURCE …]")],
     store: str = "",
-    protocol: str = "xsub",
+    protocol: str = "",
     baseline: str = "",
     save: str = "",
 ):
@@ -318,7 +357,7 @@ def evaluate(
     Args:
         sources: files of scores, folders of finished runs, or (with a store) checkpoints
         store: on whose test clips checkpoints are evaluated
-        protocol: which split of the store
+        protocol: which split of the store, such as subject=2,5; empty: that of the training
         baseline: scores or run to compare with, class by class
         save: write the (averaged) scores to this file
     """
@@ -331,8 +370,8 @@ def evaluate(
     scores = average(*parts.values()) if len(parts) > 1 else parts[sources[0]]
     shown = parts if len(parts) == 1 else {**parts, f"average of {len(parts)}": scores}
     for source, s in shown.items():
-        top5 = top_k(s, min(5, len(s.classes)))
-        print(f"top-1 {top_k(s):6.2f} %   top-5 {top5:6.2f} %   {source}")
+        top5 = f"top-5 {top_k(s, 5):6.2f} %   " if len(s.classes) > 5 else ""
+        print(f"top-1 {top_k(s):6.2f} %   {top5}{source}")
     wrong = confusions(scores).round(1)
     table = wrong.to_string(index=False) if len(wrong) else "none: all clips are correct"
     print(f"\nmost frequent confusions\n{table}")
@@ -357,8 +396,8 @@ def demo(
 
 
 def import_msg3d(
-    file: Positional[str],
-    folder: Positional[str],
+    file: Annotated[Positional[str], arg(metavar="FILE")],
+    folder: Annotated[Positional[str], arg(metavar="FOLDER")],
     stream: Literal["", "joint", "bone", "joint-motion", "bone-motion"] = "",
     preset: str = "",
     skeleton: str = "",
@@ -465,14 +504,22 @@ def call(
 
 # %% ../nbs/60_command_line.ipynb #0b12b8f2
 def _typed(error):
-    "An error's text with Python's options as they are typed: overwrite=True as --overwrite."
-    from stf.train import Config
+    "An error's text with options and lists as they are typed: overwrite=True as --overwrite."
+    from stf.train import Config, ConfigError
 
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    names = "|".join([f.name for f in fields(Config)] + ["kind", "labels", "overwrite", "skeleton"])
+    names = [f.name for f in fields(Config)]
+    names += ["kind", "labels", "overwrite", "skeleton", "strict", "workers"]
+    every, odd = "|".join(names), "|".join(name for name in names if "_" in name)
     option = lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3]}".removesuffix(" True")
-    return re.sub(rf"(?<![\w/])({names})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
+    text = re.sub(rf"(?<![\w/])({every})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
+    bare = rf"(?:\A(?:{every})|(?<=[ (])(?:{odd}))(?=[ ,;]|$)"  # batch_size must be …
+    text = re.sub(bare, lambda m: f"--{m[0].replace('_', '-')}", text)
+    if type(error) is ConfigError:  # got (6, 12)
+        values = r"[([]((?:[\d.]+|'[^']*'),[^][()]*)[])]"
+        text = re.sub(values, lambda m: m[1].replace(",", ""), text)
+    return text
 
 
 def _fail(error, code):

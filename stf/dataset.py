@@ -87,6 +87,44 @@ def make_batch(
     return Batch(x.to(device, dtype), y.to(device))
 
 # %% ../nbs/14_dataset.ipynb #fb650a01
+def _shuffled(items, seed):
+    "In an order that depends on the seed only (this generator's stream is frozen)."
+    return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
+
+
+def _groups(store, clips, tag):
+    "Clips of each value of a tag (as text); of clip, each alone. StoreError for a missing tag."
+    groups = {}
+    for i in clips:
+        tags = {"clip": i, **store._tags(i)}
+        if tag not in tags:
+            raise StoreError(f"{store.where(i)}: no tag {tag!r}; it has {', '.join(tags)}")
+        groups.setdefault(str(tags[tag]), []).append(i)
+    return groups
+
+
+def _tested(store, protocol):
+    "Test clips under a protocol like subject=2,5 or clip:1/5, as `ClipStore.split` says; or None."
+    if not (found := re.fullmatch(r"([^=:]+)(?:=(.+)|:(-?\d+)/(-?\d+))", protocol)):
+        return None
+    tag, values, *numbers = found.groups()
+    groups, what = _groups(store, range(len(store)), tag), f"{store.folder}: protocol {protocol!r}"
+    if values:
+        values = values.split(",")
+        if missing := [value for value in values if value not in groups]:
+            there = ", ".join([*groups][:20])
+            raise StoreError(f"{what}: no clip has {tag} {missing[0]!r}; there are {there}")
+        return {i for value in values for i in groups[value]}
+    fold, folds = map(int, numbers)
+    if not 1 <= fold <= folds or not 2 <= folds <= len(groups):
+        raise StoreError(f"{what}: the fold goes from 1 to the number of folds, and that from 2 to "
+                         f"{len(groups)}, the number of different {tag}s")
+    sides, alike = [[] for _ in range(folds)], _shuffled(sorted(groups.values()), 0)
+    for group in sorted(alike, key=lambda group: (-len(group), store.labels[group[0]])):
+        min(sides, key=len).extend(group)
+    return {*sides[fold - 1]}
+
+
 def _sides(store, protocol):
     "Side of each clip of a store, train, test or None: as `ClipStore.split` says."
     name = protocol if callable(protocol) else protocol_name(protocol)
@@ -95,21 +133,26 @@ def _sides(store, protocol):
     what = f"{store.folder}: " + ("the rule" if callable(protocol) else f"protocol {name!r}")
     if listed := name in stored:
         sides = [split.get(name) for split in splits]
+    elif not callable(protocol) and (tested := _tested(store, name)) is not None:
+        sides = [("train", "test")[i in tested] for i in range(len(store))]
     else:
         rule = protocol if callable(protocol) else partial(protocol_side, protocol=name)
         sides = [rule(store._tags(i)) for i in range(len(store))]
     for clip, side in zip(store.names, sides):
-        if side not in (None, "train", "val", "test"):
+        if side not in (None, "train", "test"):
             raise StoreError(f"{what} gives {side!r} for clip {clip!r}; it must give 'train', "
                              "'test' or None")
     lost = [clip for clip, side in zip(store.names, sides) if side is None]
     if len(lost) == len(store) or (lost and not listed and not callable(protocol)):
         rules = [p for k, p in PROTOCOLS.items()
                  if k not in stored and protocol_side(store._tags(0), k)]  # fmt: skip
+        tags = ", ".join(k for k in store._tags(0) if k not in ("class_name", "name", "label"))
         raise StoreError(f"{what} doesn't apply to {len(lost)} clips, such as {lost[0]!r}; the "
                          f"store knows {', '.join(sorted(stored) + rules) or 'none'}: name one by "
-                         "protocol=…, put your own in Clip.split, or pass a function")
-    return ["test" if side == "val" else side for side in sides]
+                         "protocol=…, test on values of a tag (protocol='subject=2,5'; there are "
+                         f"{tags or 'none'}), or on a fold (protocol='clip:1/5'); `stf train` has "
+                         "--test-subjects and --folds for these")
+    return sides
 
 
 def _class_name(store, given):
@@ -238,10 +281,12 @@ class ClipStore:
 
     def split(
         self,
-        protocol,  # x-sub, x-view, x-set, a stored split; or a function of a clip's tags
+        protocol,  # x-sub, x-view, x-set, a stored split, subject=2,5, clip:1/5; or a function
     ):  # (train, test) int64 clip numbers
         """Clip numbers of both sides: as stored; if no clip has it stored, by the benchmark's rule.
 
+        "subject=2,5" tests these values of a tag. "subject:1/5" tests the first of five folds of
+        even size that part no group of one value, "clip:1/5" one of single clips, class by class.
         A function gets tags with name, label (as in `labels`) and class_name, and returns "train",
         "test" or None. StoreError for a protocol that doesn't apply.
         """
@@ -321,11 +366,6 @@ def _check_indices(indices, N) -> np.ndarray:
     return indices.astype(np.int64)
 
 # %% ../nbs/14_dataset.ipynb #e7cb0316
-def _shuffled(items, seed):
-    "In an order that depends on the seed only (this generator's stream is frozen)."
-    return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
-
-
 def validation_split(
     store: ClipStore,
     train,  # clip numbers of the training side
@@ -336,12 +376,8 @@ def validation_split(
     "Hold out whole groups of training clips. StoreError for a missing tag, or one group only."
     if not 0 < part < 1:
         raise ValueError(f"part must lie between 0 and 1, got {part!r}")
-    groups, held, train = {}, [], _check_indices(train, len(store.labels))
-    for i in train.tolist():
-        tags = {"clip": i, **store._tags(i)}
-        if by not in tags:
-            raise StoreError(f"clip {store.names[i]!r} has no tag {by!r}; it has {', '.join(tags)}")
-        groups.setdefault(json.dumps(tags[by]), []).append(i)
+    train, held = _check_indices(train, len(store.labels)), []
+    groups = _groups(store, train.tolist(), by)
     if len(groups) < 2:
         raise StoreError(f"all {len(train)} clips have the same {by!r}; try by='clip'")
     for group in _shuffled(sorted(groups), seed)[:-1]:  # one group always stays

@@ -56,7 +56,8 @@ def named(path, words=None):
     except Exception as e:
         if not (words or isinstance(e, ClipError)):
             raise
-        e = e if isinstance(e, ClipError) else ClipError("", "", words.replace("{}", str(e)))
+        if not isinstance(e, ClipError):
+            e = ClipError("", "", words.replace("{}", str(getattr(e, "strerror", 0) or e)))
         below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder
         raise ClipError(e.path if below else path, e.place, e.reason) from None
 

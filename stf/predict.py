@@ -15,7 +15,7 @@ from importlib.resources import files as package_files
 from itertools import count, islice, zip_longest
 from json import dumps
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from matplotlib.animation import FFMpegWriter
 from tqdm.auto import tqdm
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from .backbone import fuse
 from .checkpoints import (CheckpointError, ConfigError, batch_options, coordinates,
@@ -388,7 +388,7 @@ def _as_csv(predictor, records, failed):
 
 # %% ../nbs/40_predict.ipynb #a62d9c4e
 def predict_command(
-    path: Positional[str],
+    path: Annotated[Positional[str], arg(metavar="PATH")],
     checkpoint: tuple[str, ...] = (),
     top: int = 0,
     json: str = "",
@@ -400,7 +400,7 @@ def predict_command(
     skeleton: str = "",
     kind: Literal["auto", "ntu", "ucla", "kinetics", "plain"] = "auto",
     labels: str = "",
-    more: Positional[tuple[str, ...]] = (),
+    more: Annotated[Positional[tuple[str, ...]], arg(metavar="[PATH …]")] = (),
 ):
     """Actions in recordings: a table, JSON, CSV, animations with focus.
 

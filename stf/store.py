@@ -122,7 +122,7 @@ def check_alike(a, b):
 
 # %% ../nbs/13b_store.ipynb #7317a55f
 _HEAD = 128  # bytes of an .npy header, which is written when the number of rows is known
-_NO_LABEL = "has no label: set Clip.label (to classify clips without labels, no store is needed)"
+_NO_LABEL = "has no label, the number of its class (to classify clips, no store is needed)"
 
 
 def _accepted(items, skip, strict, left_out):

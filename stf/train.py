@@ -532,7 +532,7 @@ Ensemble = namedtuple("Ensemble", "runs scores top1")  # row → Run; probabilit
 def run_stf(config: Config, store=None, progress: bool = True) -> Ensemble:
     "Baseline (M1), then from its weights the L_d + L_c + L_G network (M4) and the L_e network; M5."
     if network_class(config.model) is not MSG3D:
-        raise ConfigError("run_stf starts with the baseline: give it an MS-G3D (model='msg3d')")
+        raise ConfigError("STF starts with the baseline, so it needs an MS-G3D: model='msg3d'")
     stages = {"M1": config, "M4": config.second_stage("dcg"), "Le": config.second_stage("e")}
     runs = {row: run(stage, store, progress) for row, stage in stages.items()}
     scores = average(runs["M4"].scores, runs["Le"].scores)

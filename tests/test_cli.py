@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from stf import cli
-from stf.checkpoints import load_checkpoint
+from stf.checkpoints import ConfigError, load_checkpoint
 from stf.clips import open_clips
 from stf.dataset import ClipStore
 from stf.evaluate import Scores
 from stf.experiments import load_records, record_scores
 from stf.synthetic import SyntheticConfig, write_synthetic
-from stf.train import Config, Run
+from stf.train import Config, Ensemble, Run
 from test_experiments import made  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -30,7 +30,7 @@ def typed(monkeypatch, *words):
 @pytest.mark.parametrize("words, message", [
     ("train ntu60-xsub-join", "did you mean 'ntu60-xsub-joint'"), ("train", "needs a preset"),
     ("train ucla-small --data nowhere --folder {tmp}/r", "nowhere"),
-    ("evaluate", "at least one source"), ("evaluate {tmp}", "holds no scores"),
+    ("evaluate", "at least one source"), ("evaluate {tmp}", "no checkpoint in"),
     ("info {tmp}/none", "no checkpoint"), ("prepare {tmp}/none {tmp}/s", "none"),
     ("train ucla-small --lr -1", "lr must be of type float ≥ 0"),
     ("train ucla-small --no-such 1", "no-such"), ("trian", "trian"),
@@ -57,12 +57,18 @@ def test_help_names_all_commands_without_torch():
     ("14 joints: name it by skeleton=…", "14 joints: name it by --skeleton …"),
     ("needs model='stf': 'msg3d' has no β", "needs --model stf: 'msg3d' has no β"),
     ("batch_size=4, accumulate=2: less", "--batch-size 4, --accumulate 2: less"),
+    ("batch_size must be at least 1", "--batch-size must be at least 1"),
+    ("use a larger batch_size, or less", "use a larger --batch-size, or less"),
+    ("widths must be odd, got (5, 4)", "--widths must be odd, got 5 4"),
+    ("its classes is ['a b', 'c'], not ('d',)", "its classes is 'a b' 'c', not 'd'"),
+    ("no 'batchsize'; did you mean 'batch_size'?", "no 'batchsize'; did you mean 'batch_size'?"),
+    ("data/lr 1/batch_size/x: no file", "data/lr 1/batch_size/x: no file"),
     ("k=3 of /data/x=1/a.npz", "k=3 of /data/x=1/a.npz"),
     ("lr=0.1/run.json: damaged", "lr=0.1/run.json: damaged"),
 ])
 def test_options_in_messages_are_those_that_one_types(capsys, text, shown):
     with pytest.raises(SystemExit):
-        cli._fail(ValueError(text), 1)
+        cli._fail(ConfigError(text), 1)
     assert capsys.readouterr().err == f"stf: {shown}\n"
 
 
@@ -71,7 +77,7 @@ def test_skeletons_are_named_alike_everywhere(tmp_path, monkeypatch, capsys):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "w.pt").write_bytes(b"")
     imported = "import-msg3d {t}/w.pt {t}/n --stream joint"
-    for command in ("prepare {t}/w.pt {t}/s", "predict {t}/w.pt", imported):
+    for command in ("prepare {t}/w.pt {t}/s", "predict {t}/w.pt", imported, "info {t}/w.pt"):
         for skeleton, reason in (("cat", "no skeleton 'cat'; known are ntu25"),
                                  (tmp_path / "list.json", "list.json: describes no skeleton")):
             with pytest.raises(SystemExit) as stop:
@@ -102,12 +108,52 @@ def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys)
     assert "{frobenius,rms}" in said
 
 
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    "Folder of a store: three actions of four people, a clip each."
+    folder = tmp_path_factory.mktemp("cli")
+    few = SyntheticConfig(actions=(23, 27, 44), subjects=(1, 2, 3, 6), cameras=(2,))
+    write_synthetic(folder / "raw", few, progress=False)
+    return ClipStore.build(open_clips(folder / "raw"), folder / "s", progress=False).folder
+
+
+def test_folds_and_test_subjects_are_protocols(store, monkeypatch, capsys):
+    """Fold k has top-1 10k; its run has a name, a folder and a protocol of its own."""
+    seen = []
+
+    def run(c):
+        seen.append((c.name, c.folder, c.protocol))
+        top1 = 10.0 * int(c.name[-1]) if "fold" in c.name else 0.0
+        return Run(Path("r"), c, pd.DataFrame(), top1, [])
+
+    both = lambda c: Ensemble({"M1": run(c)}, None, 90.0 + run(c).top1 / 10)
+    monkeypatch.setattr("stf.train.run", run)
+    monkeypatch.setattr("stf.train.run_stf", both)
+    words = ("train", "synthetic", "--data", store)
+    typed(monkeypatch, *words, "--test-subjects", 2, 6)
+    assert seen == [("synthetic", "", "subject=2,6")]
+    seen.clear()
+    typed(monkeypatch, *words, "--folds", 4, "--folder", "own")
+    assert seen == [(f"synthetic-fold{k}", f"own-fold{k}", f"subject:{k}/4") for k in (1, 2, 3, 4)]
+    said = capsys.readouterr().out
+    assert "synthetic-fold3: top-1 30.00 %" in said and "top-1: 25.00 ± 12.91 %, mean" in said
+    typed(monkeypatch, *words, "--folds", 5, "--both-stages")
+    said = capsys.readouterr().out
+    assert seen[-1] == ("synthetic-fold5", "", "clip:5/5") and "5 folds by clip, for" in said
+    assert "M1: 30.00 ± 15.81 %" in said and "M5: 93.00 ± 1.58 %" in said
+    for wrong, message in (("--folds 1", "from 2 to 12"), ("--folds -2", "from 2 to 12"),
+                           ("--folds 2 --test-subjects 2", "give one of them")):
+        with pytest.raises(SystemExit):
+            typed(monkeypatch, *words, *wrong.split())
+        assert message in capsys.readouterr().err
+
+
 def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa: F811
     folder, records = made
     first, a, b = (folder / f"run-seed0{t}" for t in ("", "-stf-dcg", "-stf-e"))
     typed(monkeypatch, "evaluate", a, b, "--baseline", first, "--save", tmp_path / "both.npz")
     said, m5 = capsys.readouterr().out, records[-1]
-    assert f"{m5['top1']:6.2f}" in said and "class by class" in said
+    assert f"{m5['top1']:6.2f}" in said and "class by class" in said and "top-5" not in said
     both = Scores.load(tmp_path / "both.npz").probabilities
     assert np.allclose(both, record_scores(m5).probabilities, atol=1e-6)
     config = cli.named_config(str(first))  # `stf train <run's folder>` goes on

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from stf.clips import (Clip, ClipError, class_names, name_tags, ntu_missing_skeletons, open_clips,
                        read_kinetics, read_ntu, read_plain, read_ucla, save_clip)  # fmt: skip
-from stf.files import Files
+from stf.files import Files, named
 from stf.skeleton import SKELETONS, Skeleton
 
 NAME = "S001C001P001R001A058"
@@ -730,6 +730,13 @@ def test_a_tar_that_ends_early_is_no_tar(tmp_path):
     for damaged in (flipped, whole[: at + 100], whole[:at]):
         path.write_bytes(damaged)
         refused("fetch or pack it again", open_clips, path)
+
+
+def test_the_reason_of_the_system_is_given_in_words():
+    "Without Python's number of the error, and the file's name once."
+    with pytest.raises(ClipError, match="^a: can't be read: Permission denied$"):
+        with named("a", "can't be read: {}"):
+            raise PermissionError(errno.EACCES, "Permission denied", "a")
 
 
 def test_a_full_temporary_folder_is_named(tmp_path, monkeypatch):

@@ -76,14 +76,14 @@ def test_what_is_stored_comes_before_the_rule(tmp_path):
     assert sides("own", *four) == [[0, 1, 2, 3], []]
     assert sides("x-view", *four) == [[], [0, 1, 2, 3]]
     assert sides("xsub", *four[:2], {}, {}) == [[1], [0]]  # two are on neither side
-    assert sides("mine", *({"mine": s} for s in ("train", "val", "test"))) == [[0], [1, 2]]
     for protocol, stored, message in (
         ("xmoon", four, "knows own, xsub, x-view, x-set"),
         ("mine", [{"mine": "Train"}], "protocol 'mine' gives 'Train' for clip"),
+        ("mine", [{"mine": "train"}, {"mine": "val"}], "protocol 'mine' gives 'val' for clip"),
     ):  # fmt: skip
         with pytest.raises(StoreError, match=message):
             sides(protocol, *stored)
-    with pytest.raises(StoreError, match="put your own in Clip.split"):
+    with pytest.raises(StoreError, match="subject=2,5'; there are none.*--test-subjects and --fol"):
         build(some(3), tmp_path / "t").split("xsub")
     for tags, protocol, side in (
         ({"action": 1, "take": 3, "view": 3}, "xview", "test"),
@@ -105,6 +105,38 @@ def test_a_split_by_a_function(tmp_path):
             store.split(lambda tags: side)
     with pytest.raises(StoreError, match="doesn't apply to 9"):
         store.split(lambda tags: None)
+
+
+def test_a_split_in_words(tmp_path):
+    "Whole groups, even folds that test each clip once, classes alike; what is stored is first."
+    people = [("anna", 9), ("ben", 5), (3, 4), ("dan", 4), ("eva", 2)]  # and how many clips of each
+    clips = [clip(f"{who} {i}", i % 3, tags={"subject": who, "view": i})
+             for who, count in people for i in range(count)]  # fmt: skip
+    store = build(clips, tmp_path / "s")
+    who = lambda side: {store.about(i)["tags"]["subject"] for i in side}
+    train, test = store.split("subject=ben,3")
+    assert who(test) == {"ben", 3} and who(train) == {"anna", "dan", "eva"}
+    for tag, folds, sizes in ("subject", 3, [9, 7, 8]), ("clip", 5, [5, 5, 5, 5, 4]):
+        sides = [store.split(f"{tag}:{k}/{folds}") for k in range(1, folds + 1)]
+        assert [len(test) for _, test in sides] == sizes
+        assert sorted(np.concatenate([test for _, test in sides])) == [*range(24)]
+        assert all(sorted([*train, *test]) == [*range(24)] for train, test in sides)
+        assert tag == "clip" or not any(who(train) & who(test) for train, test in sides)
+        counts = [np.bincount(store.labels[test], minlength=3) for _, test in sides]
+        assert tag != "clip" or np.ptp(counts, axis=0).max() <= 1
+    for protocol, message in (
+        ("camera=1", "no tag 'camera'; it has clip, subject, view"), ("hat:1/2", "no tag 'hat'"),
+        ("subject=ben,cleo", "no clip has subject 'cleo'; there are anna, ben, 3, dan, eva"),
+        ("subject:4/3", "from 2 to 5, the number of different subjects"),
+        ("subject:0/3", "goes from 1"), ("subject:1/6", "from 2 to 5"), ("subject:1/1", "from 2"),
+        ("subject:1", "doesn't apply"), ("subject=", "doesn't apply"),
+    ):  # fmt: skip
+        with pytest.raises(StoreError, match=message):
+            store.split(protocol)
+    with pytest.raises(StoreError, match="leaves 0 training and 24 test"):
+        splits(store, "subject=anna,ben,3,dan,eva")
+    stored = [clip("a", split={"subject=2": "train"}), clip("b", 1, split={"subject=2": "test"})]
+    assert [s.tolist() for s in build(stored, tmp_path / "t").split("subject=2")] == [[0], [1]]
 
 
 def test_parts_of_the_training_side(tmp_path):
