@@ -260,8 +260,8 @@ def _check_split(splits, known):
             continue
         found = {known[name] for name in listed if name in known}
         if listed and not found:
-            raise ValueError(f"the split {protocol} names {len(listed):,} clips for {side}, none "
-                             f"of which is here: {short(listed[0])}, but there is {next(iter(known))!r}")
+            raise ValueError(f"the split {protocol} names {len(listed):,} clips for {side}, none of "
+                             f"which is here: {short(listed[0])}, here is {next(iter(known))!r}")
         if missing := len({*listed}) - len(found):
             notes.append(f"{missing:,} of {len({*listed}):,} clips of {protocol} {side} missing")
         side = "train" if side == "train" else "test"

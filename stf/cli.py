@@ -44,6 +44,9 @@ def _show_store(store, **more):
     "Print what a store holds, line by line, and which files could not be read."
     import numpy as np
 
+    from stf.files import as_typed
+
+    ends, inside = store.header.get("empty", (0, 0))
     T, bodies, classes, layout = store.frames, store.bodies, store.classes, store.skeleton
     refused, skipped = store.refused, store.header["skipped"]
     size = sum(file["bytes"] for file in store.header["files"].values())
@@ -58,13 +61,19 @@ def _show_store(store, **more):
         if bodies.max() > 1
         else "1 a clip",
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
-        "protocols": "; ".join(sides) or "none: the clips have no split",
+        "protocols": "; ".join(sides)
+        or "none: the clips have no split; train with --folds 5, or --test-subjects",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
         "unreadable": f"{len(refused):,}",
         "left out": f"{len(skipped):,} unusable{some(skipped)}" if skipped else "0",
+        **({"nobody in": f"{ends:,} frames at clips' ends, left out; {inside:,} within: filled by "
+           "the nearest (paper), or left (msg3d)"} if ends + inside else {}),
         **more,
     }
     print("\n".join(f"{what:12s}{text}" for what, text in table.items()))
+    for text, n in store.header.get("doubts", {}).items():
+        if 2 * n >= len(store):
+            print(as_typed(f"warning     in {n:,} of {len(store):,} clips {text}"))
     for row in refused.head(20).itertuples(index=False):
         print("  " + ": ".join(filter(None, row)))
     if len(refused) > 20:
@@ -94,7 +103,7 @@ def draw_sheet(
         ax.axis("off")
     for ax, i in zip(axes, chosen):
         clip = store[i]
-        seen = np.flatnonzero(clip.present.any(axis=0))
+        seen = np.flatnonzero((clip.visible > 0).any(axis=(0, 2)))
         frames = seen[np.linspace(0, len(seen) - 1, min(6, len(seen))).round().astype(int)]
         draw_strip(clip.joints, clip.skeleton, frames=frames, visible=clip.visible, ax=ax)
         ax.set_title(f"{store.classes[store.labels[i]]}   ({clip.name})", fontsize=9)
@@ -103,12 +112,13 @@ def draw_sheet(
 
 
 def prepare(
-    source: Positional[str],
-    store: Positional[str],
+    source: Annotated[Positional[str], arg(metavar="SOURCE")],
+    store: Annotated[Positional[str], arg(metavar="STORE")],
     workers: int = 0,
     skeleton: str = "",
     labels: str = "",
-    kind: Literal["", "ntu", "ucla", "kinetics", "plain"] = "",
+    kind: Literal["", "ntu", "ucla", "kinetics", "poses", "plain", "npy"] = "",
+    axes: str = "",
     strict: bool = False,
     overwrite: bool = False,
 ):
@@ -119,19 +129,26 @@ def prepare(
         store: folder to make
         workers: processes that read; 0: this one
         skeleton: joint layout where the files don't name it: a known name, or a JSON file
-        labels: label list (Kinetics) or label pickle that doesn't lie beside the recordings
+        labels: table (.csv: name, class or label, split, subject, …), or a list (Kinetics .json) or
+            pickle (.npy) that doesn't lie beside the recordings
         kind: of the files, where a folder holds several kinds
+        axes: what the coordinates are, if not x, y up, z: xYz is y down, xzy is z up, xys a score
         strict: stop at the first file that can't be read, instead of listing it
         overwrite: replace a store that is already there
     """
     from stf.checkpoints import named_skeleton
     from stf.dataset import ClipStore, open_input
 
-    clips = open_input(source, kind or None, named_skeleton(skeleton), labels=labels or None)
+    own = dict(labels=labels or None, axes=axes or None)
+    clips = open_input(source, kind or None, named_skeleton(skeleton), **own)
     print(getattr(clips, "summary", clips))
     made = ClipStore.build(clips, store, strict=strict, overwrite=overwrite, workers=workers)
-    draw_sheet(made, made.folder / "sheet.png")
-    _show_store(made, picture=str(made.folder / "sheet.png"))
+    picture = made.folder / "sheet.png"
+    try:
+        draw_sheet(made, picture)
+    except Exception as e:  # the store is whole without it
+        picture = f"none: {e}"
+    _show_store(made, picture=picture)
 
 # %% ../nbs/60_command_line.ipynb #999a8d3a
 def _result(run):
@@ -505,15 +522,15 @@ def call(
 # %% ../nbs/60_command_line.ipynb #0b12b8f2
 def _typed(error):
     "An error's text with options and lists as they are typed: overwrite=True as --overwrite."
+    from stf.files import as_typed
     from stf.train import Config, ConfigError
 
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     names = [f.name for f in fields(Config)]
-    names += ["kind", "labels", "overwrite", "skeleton", "strict", "workers"]
+    names += ["axes", "kind", "labels", "overwrite", "skeleton", "strict", "workers"]
     every, odd = "|".join(names), "|".join(name for name in names if "_" in name)
-    option = lambda m: f"--{m[1].replace('_', '-')} {m[2] or m[3]}".removesuffix(" True")
-    text = re.sub(rf"(?<![\w/])({every})=(?:'([^']*)'|([\w.…-]+(?![\w./-])))", option, str(error))
+    text = as_typed(error, names)
     bare = rf"(?:\A(?:{every})|(?<=[ (])(?:{odd}))(?=[ ,;]|$)"  # batch_size must be …
     text = re.sub(bare, lambda m: f"--{m[0].replace('_', '-')}", text)
     if type(error) is ConfigError:  # got (6, 12)

@@ -103,7 +103,7 @@ class Clip:
             good = side in ("train", "test")
             expect(good, f"{protocol!r} must be 'train' or 'test', not {short(side)}", "split")
         known = _known_layout(V, C)
-        self.guessed = self.skeleton is None and known is not None
+        self.guessed = self.skeleton is None and known is not None and "setup" not in self.tags
         self.skeleton = s = self.skeleton or known
         fits = s is None or s.num_joints == V
         expect(fits, fits or f"the clip has {V} joints, {s.name!r} {s.num_joints}", "skeleton")

@@ -10,6 +10,8 @@ __all__ = ['place_focus', 'Prediction', 'MismatchError', 'shipped_checkpoints', 
 import os
 import re
 import sys
+import warnings
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.resources import files as package_files
 from itertools import count, islice, zip_longest
@@ -31,6 +33,7 @@ from .checkpoints import (CheckpointError, ConfigError, batch_options, coordinat
 from .clips import Clip, ClipError
 from .dataset import open_input
 from .evaluate import write_file
+from .files import as_typed
 from .focus import grad_cam, resample_focus
 from .plot import animate, draw_strip, save_animation
 from .preparation import prepare
@@ -68,6 +71,7 @@ class Prediction:
     about: str | None = None  # the class that the focus is evidence for
     clip: Clip | None = None  # the recording itself, where there is a focus
     path: str = ""  # where it was read
+    doubts: tuple = ()  # what may be wrong with the recording's coordinates and layout
 
     @property
     def action(self) -> str:
@@ -264,24 +268,26 @@ class Predictor:
 
 # %% ../nbs/40_predict.ipynb #bb2eddb4
 def _read(sources, predictor):
-    "(checked Clip or ClipError, where) of each recording; a source is a Clip, or holds many."
+    "(checked Clip or ClipError, where, doubts) of each recording of Clips, and of what holds many."
     for source in sources:
         alone = isinstance(source, Clip)
         for i in range(1 if alone else len(source)):
             where = source.name if alone else source.where(i)
             try:
-                yield predictor.check(source if alone else source[i], where), where
+                clip = source if alone else source[i]
+                yield predictor.check(clip, where), where, tuple(clip.doubts())
             except ClipError as e:
-                yield e, where
+                yield e, where, ()
 
 
 def _batches(read, predictor, batch_size, focus, about):
     "A Prediction for each Clip that was read, the ClipErrors as they are; a batch in memory."
     while batch := list(islice(read, batch_size)):
-        clips = [item for item, _ in batch if isinstance(item, Clip)]
+        clips = [item for item, *_ in batch if isinstance(item, Clip)]
         found = iter(predictor(clips, focus, about))
-        for item, where in batch:
-            yield replace(next(found), path=where) if isinstance(item, Clip) else item
+        for item, where, doubts in batch:
+            good = isinstance(item, Clip)
+            yield replace(next(found), path=where, doubts=doubts) if good else item
 
 
 def predict_all(
@@ -328,6 +334,8 @@ def predict(
     found = next(predict_all(clips, checkpoint, 1, device, focus=True, about=about))
     if isinstance(found, ClipError):
         raise found
+    for doubt in found.doubts:
+        warnings.warn(f"{found.name}: {doubt}", stacklevel=2)
     return found
 
 # %% ../nbs/40_predict.ipynb #9de37c0c
@@ -398,8 +406,9 @@ def predict_command(
     batch_size: int = 32,
     device: str = "auto",
     skeleton: str = "",
-    kind: Literal["auto", "ntu", "ucla", "kinetics", "plain"] = "auto",
+    kind: Literal["auto", "ntu", "ucla", "kinetics", "poses", "plain", "npy"] = "auto",
     labels: str = "",
+    axes: str = "",
     more: Annotated[Positional[tuple[str, ...]], arg(metavar="[PATH …]")] = (),
 ):
     """Actions in recordings: a table, JSON, CSV, animations with focus.
@@ -419,7 +428,8 @@ def predict_command(
         device: auto (the GPU if there is one), cpu or cuda
         skeleton: layout of files that don't name it: a name, a JSON file, or 'checkpoint' (its own)
         kind: what the files are; auto: found out
-        labels: label list (Kinetics) or label file (.npy); default: looked for beside the input
+        labels: table (.csv: name, class), list (Kinetics) or pickle (.npy); default: looked for
+        axes: what the coordinates are, if not x, y up, z: xYz is y down, xzy is z up, xys a score
     """
     paths, show = [path, *more], "-" not in (json, csv)
     for wrong, why in (
@@ -435,8 +445,9 @@ def predict_command(
         names = " and ".join(Path(n.name).name for n in predictor.networks)
         print(f"no --checkpoint given: using {names} (synthetic, 20 actions)", file=sys.stderr)
     body = predictor.skeleton if skeleton == "checkpoint" else body
-    options = dict(kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None)
-    opened, failed, records = [], [], []
+    options = dict(kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None,
+                   axes=axes or None)
+    opened, failed, records, doubts = [], [], [], Counter()
     for p in paths:
         try:
             opened.append(open_input(p, **options))
@@ -451,8 +462,12 @@ def predict_command(
             continue
         records.append(found.record())
         lines = [found.text(top or (5 if total <= 10 else 1))]
+        doubts.update(found.doubts)
         if animate:
-            lines.append(f"  animation: {_write_movie(found, animate, movie)}")
+            try:
+                lines.append(f"  animation: {_write_movie(found, animate, movie)}")
+            except Exception as e:  # the answer counts without it
+                tqdm.write(f"{found.name}: no animation: {e}", file=sys.stderr)
         if show:
             tqdm.write("\n".join(lines), file=sys.stdout)
     if failed and not records and all(isinstance(e, MismatchError) for e in failed):
@@ -467,8 +482,12 @@ def predict_command(
         right = f"; {sum(known)} of {len(known)} with a known label are right" if known else ""
         print(f"{len(records):,} predicted, {len(failed):,} failed{right}",
               file=sys.stdout if show else sys.stderr)
+    for text, n in doubts.items():
+        if 2 * n >= len(records):
+            doubt = f"warning: in {n:,} of {len(records):,} recordings {text}"
+            print(as_typed(doubt), file=sys.stderr)
     for e in failed:
-        print("failed:", *str(e).split(), file=sys.stderr)  # in one line
+        print("failed:", *as_typed(e).split(), file=sys.stderr)  # in one line
     if failed:
         readable = all(Path(p).is_file() and Path(p).suffix.lower() in _RECORDINGS for p in paths)
         raise SystemExit(1 if opened or readable else 2)

@@ -9,6 +9,7 @@ __all__ = ['BODY_RULES', 'STREAMS', 'PRESETS', 'TIMES', 'Augment', 'in_channels'
 import re
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -105,6 +106,17 @@ class _Shown(NamedTuple):
     frame: np.ndarray  # (M,T) int
 
 
+def _without_gaps(clip):
+    "The clip from the first to the last frame with a joint seen, gaps filled; (T,) its frames."
+    seen = np.flatnonzero((clip.visible > 0).any((0, 2)))
+    t = np.arange(seen[0], seen[-1] + 1)
+    t = seen[np.searchsorted((seen[1:] + seen[:-1]) / 2, t)]  # the nearest that has one
+    if np.array_equal(t, np.arange(clip.joints.shape[1])):
+        return clip, t
+    own = {key: getattr(clip, key)[:, t] for key in ("joints", "visible", "present")}
+    return SimpleNamespace(skeleton=clip.skeleton, tags=clip.tags, name=clip.name, **own), t
+
+
 def _show(clip, body, frame):
     "Joints of the bodies (M,T) at frames (M,T) or (T,); 0 where nobody is."
     frame = np.broadcast_to(frame, body.shape)
@@ -141,12 +153,12 @@ def _rotation_onto(v, axis):
     return (np.eye(3) + K + K @ K / max(1 + u[axis], 1e-12)).astype(np.float32)
 
 
-def _fill_up(table, length):
+def _fill_up(table, length, late=False):
     "(M,T) the frame shown in each slot: late bodies moved to the front, then repeated."
     out = np.zeros((len(table), length), int)
     for row, times in zip(table >= 0, out):
         if len(t := np.flatnonzero(row)):
-            t = np.arange(t[-1] + 1) if t[0] == 0 else t
+            t = t if late or t[0] else np.arange(t[-1] + 1)
             times[:] = t[np.arange(length) % len(t)]
     return out
 
@@ -157,15 +169,15 @@ _MAX_LISTED = 4  # the public NTU code looks at the first four bodies that a fra
 def _msg3d(clip, length, num_bodies, t=None):
     "Preparation of the public MS-G3D code for bodies in 3D, turned by spine and shoulders."
     skeleton, frames = clip.skeleton, clip.joints.shape[1]
-    body = _listed_bodies(clip)
+    body, late = _listed_bodies(clip), clip.tags.get("empty", [0])[0] > 0
     packed = np.take_along_axis(body, np.argsort(body < 0, axis=0, kind="stable"), 0)
     body = _choose_bodies(packed[:_MAX_LISTED], clip.joints, num_bodies)
     if t is None:
         sampled = _frames_shown(frames, min(frames, length))
-        at = sampled[_fill_up(body[:, sampled], length)]
+        at = sampled[_fill_up(body[:, sampled], length, late)]
         at = np.concatenate([at[:, :1], at], 1)
     else:
-        at = _fill_up(body, frames)[:, np.append(_frames_shown(frames, length)[0], t)]
+        at = _fill_up(body, frames, late)[:, np.append(_frames_shown(frames, length)[0], t)]
     shown = _show(clip, np.take_along_axis(body, at, 1), at)
     given = shown.x[..., 0] + shown.x[..., 1] + shown.x[..., 2] != 0  # the public test
     x = (shown.x - shown.x[:1, :, skeleton.centre, None]) * given[..., None]
@@ -395,6 +407,8 @@ def prepare(
 ) -> Prepared:
     "A network's input from one clip. ValueError for options that are unknown or don't fit it."
     _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed)
+    paper = preprocess == "paper"
+    clip, source = _without_gaps(clip) if paper else (clip, np.arange(clip.joints.shape[1]))
     frames, C, t, share = clip.joints.shape[1], clip.joints.shape[3], None, None
     rng = augment and np.random.default_rng(seed)
     start, n = _crop(frames, augment, rng) if augment and augment.crop < 1 else (0, frames)
@@ -404,7 +418,7 @@ def prepare(
     elif augment and (n < frames or augment.uniform):
         t = start + (_resample(n, length, rng) if augment.uniform else _frames_shown(n, length))
     preset = _as_they_are if clip.tags.get("preprocessed") else _msg3d if C == 3 else _msg3d_flat
-    preset = partial(_paper, bodies=bodies) if preprocess == "paper" else preset
+    preset = partial(_paper, bodies=bodies) if paper else preset
     shown = preset(clip, length, num_bodies, t=t)
     shown = shown if share is None else _blend(shown, share)
     if augment and (shown.body < 0).all():  # nobody in these frames: take those with somebody
@@ -415,10 +429,9 @@ def prepare(
     x, visible, body, frame = shown
     if augment:
         x, visible = _vary(x, visible, clip.skeleton, augment, rng)
-    paper = preprocess == "paper"
     if not paper and C == 2:
         x = np.concatenate([x, visible[..., None]], 3)  # the public code subtracts scores, too
     x, visible = _make_stream(x, visible, stream, _bone_parents(clip.skeleton, preprocess), paper)
     if paper:
         x = np.concatenate([x, visible[..., None]], 3)
-    return Prepared(np.ascontiguousarray(x.transpose(3, 1, 2, 0), np.float32), body, frame)
+    return Prepared(np.ascontiguousarray(x.transpose(3, 1, 2, 0), np.float32), body, source[frame])

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -89,7 +89,12 @@ def _read(clips, workers=0):
     "Clips in order, with a ClipError in place of each that can't be read. StoreError."
     clips = [clips] if isinstance(clips, Clip) else clips
     if not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
-        yield from clips
+        n = 0
+        try:
+            for n, clip in enumerate(clips, 1):
+                yield clip
+        except Exception as e:
+            raise StoreError(f"the reader of clips raised {e!r} after {n:,} of them") from e
         return
     numbers = range(len(clips))
     if not workers:
@@ -157,7 +162,7 @@ def _name_class(words, clip, fixed):
 
 def _write_store(clips, folder, words, fixed, left_out):
     "Write a store's files of Clips into a folder. StoreError names what is unfit."
-    first, names, row = None, set(), 0
+    first, names, row, doubts, empty = None, set(), 0, Counter(), [0, 0]
     with open(folder / "rows.npy", "wb") as rows, open(folder / "clips.jsonl", "wb") as lines:
         rows.seek(_HEAD)
         for clip in clips:
@@ -166,6 +171,9 @@ def _write_store(clips, folder, words, fixed, left_out):
                 raise StoreError(f"two clips are called {clip.name!r}: rename one, or leave it out")
             names.add(clip.name)
             present, T = clip.present, clip.joints.shape[1]
+            doubts.update(clip.doubts())
+            empty[0] += sum(clip.tags.get("empty", ()))
+            empty[1] += int((~present.any(0)).sum())
             start = present.argmax(1)
             count = np.where(present.any(1), T - present[:, ::-1].argmax(1) - start, 0)
             about = {k: getattr(clip, k) for k in ("name", "label", "tags", "split")}
@@ -194,7 +202,8 @@ def _write_store(clips, folder, words, fixed, left_out):
              for name in _FILES}  # fmt: skip
     header = {"format": _KIND[0], "version": _KIND[1], "clips": len(names), "classes": table,
               "coordinates": whole.shape[3] - 1, "preprocessed": first.tags.get("preprocessed"),
-              "skeleton": asdict(first.skeleton), "files": files, **left_out}
+              "skeleton": asdict(first.skeleton), "files": files, "doubts": doubts,
+              "empty": empty, **left_out}
     (folder / "header.json").write_bytes(_json_bytes(sign(header), 1))
 
 # %% ../nbs/13b_store.ipynb #34ab835c
