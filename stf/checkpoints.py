@@ -34,6 +34,10 @@ class CheckpointError(ConfigError):
 
 
 def _refuse(file, why):
+    if Path(file).is_file():
+        with open(file, "rb") as f:
+            if f.read(40).startswith(b"version https://git-lfs"):
+                why = "a Git LFS pointer, not the file itself; `git lfs pull` fetches it"
     raise CheckpointError(f"checkpoint {file}: {why}")
 
 
@@ -76,6 +80,8 @@ def named_skeleton(
 
 # %% ../nbs/21_checkpoints.ipynb #a425a756
 _FORMATS = (1, 2)  # of headers; 2 may hold training state
+_LONGEST = 30_000  # length · num_bodies: more takes gigabytes for a few clips
+_ANOTHER = "take one that `stf train` or `stf import-msg3d` wrote"
 _USUAL = {"time": "repeat", "bodies": "spread"}  # what a header means that doesn't name them
 _WORDS = dict(stream=STREAMS, preprocess=PRESETS, bodies=BODY_RULES, time=TIMES)
 _INPUT = dict(stream=str, preprocess=str, length=int, num_bodies=int)
@@ -95,30 +101,44 @@ def coordinates(header: dict) -> int | None:
     return next((C for C in able if in_channels(C, preprocess) == header["in_channels"]), None)
 
 
-def _check_header(file, header: dict) -> dict:
+def _check_header(file, header: dict, cure: str) -> dict:
     "The header, or CheckpointError where it doesn't describe a network, its input and its outputs."
-    if header.get("format") not in _FORMATS:
-        _refuse(file, f"header format {header.get('format')!r}; this version reads {_FORMATS}")
-    if missing := [k for k, kind in _REQUIRED.items() if type(header.get(k)) is not kind]:
-        _refuse(file, f"its header lacks {', '.join(missing)}; pass them to save_checkpoint")
+    def need(held, why):
+        if not held:
+            _refuse(file, f"{why}; {cure}")
+
+    need(header.get("format") in _FORMATS,
+         f"header format {header.get('format')!r}, where this version of stf reads 1 and 2")
+    missing = [k for k, kind in _REQUIRED.items() if type(header.get(k)) is not kind]
+    need(not missing, f"its header lacks {', '.join(missing)}")
     for key, known in _WORDS.items():
-        if (value := header.get(key, _USUAL.get(key))) not in [*known]:
-            _refuse(file, f"{key} {value!r} is unknown; {closest(value, known)}")
-    if len(header["classes"]) != header["num_classes"]:
-        _refuse(file, f"{header['num_classes']} outputs, but {len(header['classes'])} class names")
-    if min(header["length"], header["num_bodies"]) < 1:
-        _refuse(file, "length and num_bodies must be at least 1")
-    preprocess, skeleton = header["preprocess"], header["skeleton"]
-    if coordinates(header) is None:
-        _refuse(file, f"{preprocess!r} makes no input of {header['in_channels']} channels")
-    upright = None not in (skeleton.get("spine"), skeleton.get("shoulders"))
-    if preprocess == "msg3d" and skeleton.get("name") != "openpose18" and not upright:
-        _refuse(file, f"'msg3d' needs a spine and shoulders: skeleton {skeleton.get('name')!r}")
+        value = header.get(key, _USUAL.get(key))
+        need(value in [*known], f"{key} {value!r} is unknown; {closest(value, known)}")
+    classes, count = header["classes"], header["num_classes"]
+    need({*map(type, classes)} <= {str}, "its classes are not names")
+    need(len(classes) == count, f"{count} outputs, but {len(classes)} class names")
+    length, bodies, preprocess = (header[k] for k in ("length", "num_bodies", "preprocess"))
+    need(min(length, bodies) > 0 and length * bodies <= _LONGEST,
+         f"length {length} · num_bodies {bodies} must be from 1 to {_LONGEST}")
+    try:
+        skeleton = Skeleton(**header["skeleton"])
+    except (TypeError, ValueError) as e:
+        need(False, f"its skeleton is none: {e}")
+    need(coordinates(header), f"{preprocess!r} makes no input of {header['in_channels']} channels")
+    upright = skeleton.name == "openpose18" or None not in (skeleton.spine, skeleton.shoulders)
+    need(preprocess == "paper" or upright,
+         f"'msg3d' needs a spine and shoulders: skeleton {skeleton.name!r}")
     return header
 
 # %% ../nbs/21_checkpoints.ipynb #3e8b13eb
 def find_checkpoint(path) -> Path:
-    "A checkpoint's file: path, with or without ending, or inside that folder. FileNotFoundError."
+    """A checkpoint's file: path, with or without ending, or inside that folder.
+
+    FileNotFoundError; CheckpointError for PyTorch's own files, which it doesn't open.
+    """
+    there = [Path(path)] if Path(path).is_file() else [*Path(path).glob("*")]
+    if there and {file.suffix for file in there} <= {".pt", ".pth", ".ckpt"}:
+        _refuse(there[0], "a file of PyTorch; `stf import-msg3d` makes a checkpoint of MS-G3D's")
     names = ("/checkpoint", "/weights", "/checkpoint/weights", "/checkpoint.old/weights", "")
     for file in (Path(path), *(Path(f"{path}{name}.safetensors") for name in names)):
         if file.is_file():
@@ -133,8 +153,8 @@ def read_header(path) -> dict:
         with safe_open(file, "pt") as f:
             header = {k: json.loads(v) for k, v in (f.metadata() or {}).items()}
     except Exception as e:  # safetensors raises its own types
-        _refuse(file, f"not a readable safetensors file ({e})")
-    return _check_header(file, header)
+        _refuse(file, f"no header of stf can be read ({e}); {_ANOTHER}")
+    return _check_header(file, header, _ANOTHER)
 
 
 def read_tensors(path, state: bool = False) -> dict:
@@ -160,7 +180,8 @@ def save_checkpoint(
     own = {"format": _FORMATS[-1], "model": f"{kind.__module__}:{kind.__qualname__}",
            "skeleton": asdict(net.skeleton), **{k: getattr(net, k) for k in net.hparams}}
     network_class(own["model"])  # a class inside a function could never be loaded
-    held = _check_header(path, json.loads(json.dumps(header | own | {"state": state})))
+    header = json.loads(json.dumps(header | own | {"state": state}))
+    held = _check_header(path, header, "give it to save_checkpoint")
     texts = {k: json.dumps(v) for k, v in held.items() if v is not None}
     weights = net.state_dict()
     if half:
@@ -177,14 +198,30 @@ def build_network(header: dict) -> torch.nn.Module:
     return kind(skeleton=skeleton, **{k: header[k] for k in kind.hparams if k in header})
 
 
+def _least_weights(header: dict) -> int:
+    "How many weights a network of stf has at the least, by its header's sizes; 0 for others."
+    kind = network_class(header["model"])
+    if not kind.__module__.startswith("stf."):
+        return 0
+    sizes = {k: v if isinstance(v, list) else [v] for k, v in header.items() if k in kind.hparams}
+    widths, windows, layers, (kernel,), (gcn,), (g3d,) = (sizes.get(k, [1]) for k in (
+        "widths", "windows", "layers", "temporal_kernel", "gcn_scales", "g3d_scales"))
+    joints = len(header["skeleton"]["joints"]) ** 2  # the numbers of a graph
+    return max(sum(w * w for w in widths), sum(layers) * kernel * min(widths) ** 2,
+               gcn * joints, g3d * joints * sum(w * w for w in windows))
+
+
 def load_checkpoint(path, device="cpu") -> tuple:
     "(Network in evaluation mode, header). FileNotFoundError; CheckpointError says what is wrong."
     file, header, weights = find_checkpoint(path), read_header(path), read_tensors(path)
     try:
+        if (count := sum(v.numel() for v in weights.values())) < _least_weights(header):
+            raise ValueError(f"{count} weights are too few for these sizes")  # of gigabytes, maybe
         net = build_network(header)
         net.load_state_dict(weights)
     except Exception as e:  # whatever a class raises for sizes that it can't have
-        _refuse(file, f"weights and header disagree: {str(e)[:300]}")
+        why = " ".join(str(e).split())[:300]
+        _refuse(file, f"its header and weights make no network: {why}; {_ANOTHER}")
     return net.to(device).eval(), header
 
 # %% ../nbs/21_checkpoints.ipynb #5457b868
