@@ -146,6 +146,7 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
             assert (c.lr, c.model, c.init) == (stage_lr, "stf", str(base.run_folder))
         assert asdict(e.loss_weights) == dict(e=0.01, d=0, c=0, g=0)
         assert asdict(dcg.loss_weights) == dict(e=0, d=0.1, c=0.1, g=0.01)
+        assert Config.preset(name, name="own").name == "own"
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -158,6 +159,7 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     (dict(widths=(6, 6.5)), "widths must be of type int"), (dict(guide=1), "guide must be of type"),
     (dict(classes="abc"), "classes must be of type tuple"), (dict(classes=("a",)), "two or more"),
     (dict(widths=(6, 6)), "three"), (dict(windows=(2,)), "odd"), (dict(epochs=0), "at least 1"),
+    (dict(length=10**5), "length · num_bodies must be at most 30000"),
     (dict(accumulate=0), "accumulate must be at least"), (dict(dropout=1.0), "dropout is a share"),
     (dict(validation=1.0), "validation is a"), (dict(fraction=0.0), "fraction is a share"),
     (dict(losses="x", model="stf"), "letters of 'edcg'"), (dict(losses="g"), "needs model='stf'"),
@@ -421,6 +423,8 @@ def test_random_damage_of_a_header_is_named(tmp_path, whole):
 @pytest.mark.parametrize("spoil", [
     lambda header, tensors: header.pop("state"),
     lambda header, tensors: header["state"].pop("step"),
+    lambda header, tensors: header.update(state=5),
+    lambda header, tensors: header["state"].update(epoch="2"),
     lambda header, tensors: tensors.pop("state/3"),
     lambda header, tensors: tensors.update({"state/3": torch.zeros(7)})])
 def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
@@ -432,6 +436,9 @@ def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
     spoil(header, tensors)
     rewrite(file, header, tensors)
     with pytest.raises(CheckpointError, match="its training state is damaged"):
+        go(config)
+    rewrite(file, {**header, "config": 5})
+    with pytest.raises(ConfigError, match="r holds no configuration that can be read"):
         go(config)
 
 
@@ -579,8 +586,11 @@ def test_errors_before_training(tmp_path):
             go(tmp_path / "y", device="cuda")
     unlabelled = TinyStore()
     unlabelled.labels = np.where(np.arange(20) == 5, -1, unlabelled.labels)
+    alike = TinyStore()
+    alike.labels, alike.classes = alike.labels * 0, ["up"]
     for store, changes, message in (
             (unlabelled, {}, "'clip5' is a training clip"),
+            (alike, {}, "nowhere: only one class, 'up': nothing to learn"),
             (None, dict(validation=0.99), "takes 14 of the 14"),
             (None, dict(validation=0.05, keep_best="ce"), "takes 0 of the 14"),
             (None, dict(accumulate=8), "can't be cut into 8 parts")):
