@@ -143,7 +143,8 @@ def find_checkpoint(path) -> Path:
     for file in (Path(path), *(Path(f"{path}{name}.safetensors") for name in names)):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no checkpoint in {path}: no .safetensors file, nor a folder with one")
+    raise FileNotFoundError(f"no checkpoint in {path}: no .safetensors file, nor a folder with one"
+                            "; `stf import-msg3d` makes one of MS-G3D's .pt file")
 
 
 def read_header(path) -> dict:
