@@ -91,6 +91,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'stf.checkpoints': { 'stf.checkpoints.CheckpointError': ('checkpoints.html#checkpointerror', 'stf/checkpoints.py'),
                                  'stf.checkpoints.ConfigError': ('checkpoints.html#configerror', 'stf/checkpoints.py'),
                                  'stf.checkpoints._check_header': ('checkpoints.html#_check_header', 'stf/checkpoints.py'),
+                                 'stf.checkpoints._least_weights': ('checkpoints.html#_least_weights', 'stf/checkpoints.py'),
                                  'stf.checkpoints._refuse': ('checkpoints.html#_refuse', 'stf/checkpoints.py'),
                                  'stf.checkpoints.batch_options': ('checkpoints.html#batch_options', 'stf/checkpoints.py'),
                                  'stf.checkpoints.build_network': ('checkpoints.html#build_network', 'stf/checkpoints.py'),

@@ -91,7 +91,8 @@ class Skeleton:
     """A body layout: V joints joined by V − 1 bones that form a tree (Fig. 1a).
 
     Joints may be given by name or by 0-based index; they are stored as indices.
-    Raises ValueError if a joint is unknown or named twice, or if the bones are no tree.
+    Raises ValueError if a joint is unknown or named twice, if the bones are no tree, or for a chain
+    of one joint.
     """
 
     name: str  # e.g. "ntu25"
@@ -111,9 +112,13 @@ class Skeleton:
                              f"one; repeated: {sorted(repeated)}")  # fmt: skip
         put("centre", self.index(self.centre))
         put("bones", tuple(tuple(self.index(j) for j in bone) for bone in self.bones))
-        for key in ("height", "spine", "shoulders"):
-            if (chain := getattr(self, key)) is not None:
-                put(key, tuple(self.index(j) for j in chain))
+        for key, longest in (("height", self.num_joints), ("spine", 2), ("shoulders", 2)):
+            if (chain := getattr(self, key)) is not None or key == "height":
+                put(key, chain := tuple(self.index(j) for j in chain or ()))
+                if not 2 <= len({*chain}) == len(chain) <= longest:
+                    number = "two" if longest == 2 else "two or more"
+                    raise ValueError(f"skeleton {self.name!r}: {key} needs {number} different "
+                                     f"joints, got {[self.joints[j] for j in chain]}")  # fmt: skip
         self._check_tree()
 
     def _check_tree(self):

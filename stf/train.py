@@ -24,9 +24,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .backbone import MSG3D, load_msg3d, use_checkpointing
-from .checkpoints import (CheckpointError, ConfigError, batch_options, build_network, closest,
-                             load_checkpoint, network_class, read_header, read_public, read_tensors,
-                             save_checkpoint, start_from)
+from .checkpoints import (LONGEST, CheckpointError, ConfigError, batch_options, build_network,
+                             closest, load_checkpoint, network_class, read_header, read_public,
+                             read_tensors, save_checkpoint, start_from)
 from .clips import class_names
 from .dataset import Batches, ClipStore, splits
 from .evaluate import Scores, average, predict_scores, top_k, write_file
@@ -203,6 +203,8 @@ def _check(c: Config):
             raise ConfigError(f"{name} {value!r} is unknown; {closest(value, get_args(hint))}")
     for name in _COUNTS:
         need(getattr(c, name) >= 1, f"{name} must be at least 1, got {getattr(c, name)}")
+    frames = c.length * c.num_bodies
+    need(frames <= LONGEST, f"length · num_bodies must be at most {LONGEST}, got {frames}")
     for name in ("validation", "dropout"):
         need(getattr(c, name) < 1, f"{name} is a share below 1, got {getattr(c, name)}")
     need(0 < c.fraction <= 1, f"fraction is a share above 0 and at most 1, got {c.fraction}")
@@ -266,6 +268,9 @@ def learning_rate(c: Config, epoch: int) -> float:
 def _network(c: Config, store) -> tuple:
     "(Network at the start of a training, header of its checkpoints). ConfigError if init is unfit."
     classes, options = list(c.classes or store.classes), batch_options(vars(c))
+    if len(classes) == 1:
+        where = getattr(store, "folder", c.data)
+        raise ConfigError(f"{where}: only one class, {classes[0]!r}: nothing to learn")
     sizes = {k: getattr(c, k) for k in network_class(c.model).hparams if hasattr(c, k)}
     header = {"model": c.model, **sizes, **options, "num_classes": len(classes),
               "classes": classes, "in_channels": store.batch([0], **options)[0].shape[1],
@@ -404,13 +409,14 @@ class Training:
             (net, header), momentum = load_checkpoint(file), read_tensors(file, state=True)
             self.net.load_state_dict(net.state_dict())
             known = {str(i): p.shape for i, p in enumerate(self.trained) if self.config.momentum}
-            state = header.get("state") or {}
-            if self.state.keys() - state or {k: v.shape for k, v in momentum.items()} != known:
+            state = header.get("state") if isinstance(header.get("state"), dict) else {}
+            damaged = any(type(state.get(k)) is not type(v) for k, v in self.state.items())
+            if damaged or {k: v.shape for k, v in momentum.items()} != known:
                 raise CheckpointError(f"{file}: its training state is damaged; delete it")
             held["state"] = {int(i): {"momentum_buffer": v} for i, v in momentum.items()}
             self.optimizer.load_state_dict(held)
             self.state, self.began = state, self.began - state["seconds"]
-            if self.accelerator.scaler and self.state["scaler"]:
+            if self.accelerator.scaler and self.state.get("scaler"):
                 self.accelerator.scaler.load_state_dict(self.state["scaler"])
         return self
 
@@ -469,7 +475,10 @@ def _claim(config: Config, data: list) -> dict:
     if not finished and not begun:
         return {}
     header, file = read_header(folder) if begun else {}, folder / "config.json"
-    held = Config.from_json(json.dumps(header["config"])) if begun else Config.load(file)
+    try:
+        held = Config.from_json(json.dumps(header.get("config"))) if begun else Config.load(file)
+    except (TypeError, ValueError) as e:
+        raise ConfigError(f"{folder} holds no configuration that can be read ({e}); {cure}") from e
     changed = {k: (getattr(held, k), getattr(config, k)) for k in same_config(held, config)}
     if changed and (finished or not changed.keys() <= set(_FITTING)):
         told = [f"{k} {was!r} (now {now!r})" for k, (was, now) in changed.items() if was != now]

@@ -1,4 +1,6 @@
 """Scores: files, matching by name, accuracies against counting, what predict_scores promises."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stf.evaluate import (Scores, average, class_difference, confusion_matrix, confusions,
-                          predict_scores, top_k)
+                          predict_scores, top_k, write_file)
+from stf.plot import animate, save_animation
+from stf.skeleton import SKELETONS
 
 
 def make(n=7, k=3, seed=0, labels=None):
@@ -56,6 +60,16 @@ def test_files_hold_no_pickle_and_name_what_is_missing(tmp_path):
     np.savez(tmp_path / "other.npz", names=np.array(["a"]))
     with pytest.raises(ValueError, match="other.npz: not a file of scores: .*labels"):
         Scores.load(tmp_path / "other.npz")
+
+
+def test_files_have_the_mode_that_the_umask_says(tmp_path):
+    "Not 0600, which a temporary file has, renamed."
+    anim, before = animate(np.ones((1, 2, 25, 3)), SKELETONS["ntu25"]), os.umask(0o027)
+    try:
+        files = [write_file(tmp_path / "run.json", {}), save_animation(anim, tmp_path / "a.gif")]
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in files} == {0o640}
 
 
 @pytest.mark.parametrize("change, message", [

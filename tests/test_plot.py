@@ -13,7 +13,7 @@ from stf import plot  # noqa: E402
 from stf.skeleton import SKELETONS, Skeleton  # noqa: E402
 
 NTU = SKELETONS["ntu25"]
-DOT = Skeleton("dot", ["dot"], bones=(), centre=0, height=(0,))
+STICK = Skeleton("stick", "ab", bones=((1, 0),), centre=0, height=(0, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def points(ax):
     return [c.get_offsets() for c in ax.collections if hasattr(c, "get_sizes")]
 
 
-@pytest.mark.parametrize("skeleton", [*SKELETONS.values(), DOT], ids=lambda s: s.name)
+@pytest.mark.parametrize("skeleton", [*SKELETONS.values(), STICK], ids=lambda s: s.name)
 def test_every_layout_is_drawn(skeleton):
     C, V = 2 + skeleton.name.startswith(("ntu", "kinect")), skeleton.num_joints
     joints = clip(skeleton, C=C)
@@ -62,7 +62,7 @@ def test_extreme_values_are_drawn():
         pixels(plot.draw_skeleton(joints, NTU, values=values, colour_bar="v"))
     pixels(plot.draw_focus_volume(clip(M=1, T=1)[0], np.zeros((1, 25)), NTU))  # a single frame
     pixels(plot.draw_focus(np.zeros((1, 25)), NTU))
-    pixels(plot.draw_strip(np.ones((3, 1, 2)), DOT))
+    pixels(plot.draw_strip(np.ones((3, 2, 2)), STICK))
     assert "no body" in plot.draw_skeleton(np.zeros((25, 3)), NTU).texts[0].get_text()
 
 

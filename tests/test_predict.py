@@ -325,7 +325,7 @@ def wrong(nets, raw, stf):
     ("other.npz", 2, "'kinect20', 20 joints; checkpoint"),
     ("good.skeleton --checkpoint absent", 2, "no checkpoint in absent"),
     ("good.skeleton --checkpoint empty", 2, "no checkpoint in empty: no .safetensors file"),
-    ("good.skeleton --checkpoint corrupt", 2, "corrupt.safetensors: not a readable safetensors"),
+    ("good.skeleton --checkpoint corrupt", 2, "corrupt.safetensors: no header of stf can be read"),
     ("good.skeleton --checkpoint JOINT classes", 2, "class 2 is 'hand waving' and 'jumping'"),
     ("good.skeleton --checkpoint JOINT hand", 2, "'ntu25', 25 joints and 'hand', 3 joints"),
     ("good.skeleton --animate out.avi", 2, "ends in .gif, .html or .mp4"),

@@ -10,13 +10,13 @@ from stf.skeleton import normalize_adjacency
 
 @st.composite
 def trees(draw, largest=24):
-    V = draw(st.integers(1, largest))
+    V = draw(st.integers(2, largest))
     return [draw(st.integers(0, v - 1)) for v in range(1, V)]  # parent of joint v
 
 
 def make(parents):
     names = [f"joint {v}" for v in range(len(parents) + 1)]
-    return Skeleton("tree", names, [(v + 1, p) for v, p in enumerate(parents)], 0, height=(0,))
+    return Skeleton("tree", names, [(v + 1, p) for v, p in enumerate(parents)], 0, height=(0, 1))
 
 
 def hops_by_ancestors(parents, a, b):
@@ -57,6 +57,10 @@ def test_public_bones():
     (dict(centre="x"), "no joint 'x'"),
     (dict(centre=True), "no joint True"),
     (dict(height=(0, 9)), "no joint 9"),
+    (dict(height=()), "'arm': height needs two or more different joints, got \\[\\]"),
+    (dict(height=None), "height needs two or more"), (dict(height=(1, 1)), "got \\['b', 'b'\\]"),
+    (dict(spine=(0,)), "'arm': spine needs two different joints, got \\['a'\\]"),
+    (dict(shoulders=(1, 1)), "shoulders needs two"), (dict(spine=(0, 1, 2)), "spine needs two"),
     (dict(joints=("a", "b", "b")), "repeated: \\['b'\\]"),
 ])  # fmt: skip
 def test_refused(change, message):

@@ -146,6 +146,7 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
             assert (c.lr, c.model, c.init) == (stage_lr, "stf", str(base.run_folder))
         assert asdict(e.loss_weights) == dict(e=0.01, d=0, c=0, g=0)
         assert asdict(dcg.loss_weights) == dict(e=0, d=0.1, c=0.1, g=0.01)
+        assert Config.preset(name, name="own").name == "own"
 
 
 @pytest.mark.parametrize("wrong, message", [
@@ -158,6 +159,7 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     (dict(widths=(6, 6.5)), "widths must be of type int"), (dict(guide=1), "guide must be of type"),
     (dict(classes="abc"), "classes must be of type tuple"), (dict(classes=("a",)), "two or more"),
     (dict(widths=(6, 6)), "three"), (dict(windows=(2,)), "odd"), (dict(epochs=0), "at least 1"),
+    (dict(length=10**5), "length · num_bodies must be at most 30000"),
     (dict(accumulate=0), "accumulate must be at least"), (dict(dropout=1.0), "dropout is a share"),
     (dict(validation=1.0), "validation is a"), (dict(fraction=0.0), "fraction is a share"),
     (dict(losses="x", model="stf"), "letters of 'edcg'"), (dict(losses="g"), "needs model='stf'"),
@@ -359,15 +361,26 @@ def test_checkpoint_is_replaced_read_and_published(tmp_path, whole):
     assert same(weights(tmp_path / "w"), other.network().state_dict())
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
+
+
 @pytest.mark.parametrize("spoil, message", [
-    (lambda p: p.write_bytes(p.read_bytes()[:100]), "w.safetensors: not a readable"),
+    (lambda p: p.write_bytes(p.read_bytes()[:100]), "w.safetensors: no header of stf can be read"),
     (lambda p: p.write_bytes(to_bytes({"a": torch.zeros(1)})), "header format None"),
+    (lambda p: p.write_bytes(to_bytes({}, {"format": "pt"})), "no header of stf .*; take one that"),
+    (lambda p: p.write_bytes(POINTER), "w.safetensors: a Git LFS pointer.*; `git lfs pull`"),
     (dict(format=7), "header format 7"), (dict(classes=["a"]), "3 outputs, but 1 class names"),
     (dict(stream="hands"), "stream 'hands' is unknown"), (dict(bodies=[]), "bodies .. is unknown"),
-    (dict(length=0), "at least 1"), (dict(length="long"), "lacks length"),
+    (dict(length=0), "from 1 to 30000; take one that `stf train`"),
+    (dict(length=10**12), "length 1000000000000 .* from 1 to 30000"),
+    (dict(length="long"), "lacks length"), (dict(classes=[1, 2, 3]), "classes are not names"),
     (dict(preprocess="msg3d"), "no input of 4 channels"),
-    (dict(skeleton={}), "weights and header disagree"), (dict(widths=3), "and header disagree"),
-    (dict(widths=[6, 6, 12]), "weights and header disagree"),
+    (dict(skeleton={}), "its skeleton is none: .*missing 5"), (dict(widths=3), "make no network"),
+    (dict(widths=[6, 6, 12]), "make no network: Error.*size mismatch"),
+    *((sizes, "weights are too few for these sizes") for sizes in (  # gigabytes, or hours
+        dict(widths=[60_000] * 3), dict(windows=[1001]), dict(gcn_scales=10**9),
+        dict(g3d_scales=10**9), dict(model="stgcn", layers=[10**9] * 3),
+        dict(model="stgcn", temporal_kernel=10**7 + 1))),
     (dict(model="torch.nn:Linear"), "no network 'torch.nn:Linear'"),
     (dict(model="posixpath:join"), "no network 'posixpath:join'"),
     (dict(model="antigravity:fly"), "import antigravity first"),
@@ -378,6 +391,18 @@ def test_spoilt_checkpoints_are_refused(tmp_path, whole, spoil, message):
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(tmp_path / "w")
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("text, message", [
+    (b"PK", "x.pt: a file of PyTorch; `stf import-msg3d`"), (POINTER, "x.pt: a Git LFS pointer")])
+def test_weights_of_pytorch_are_named(tmp_path, text, message):
+    (tmp_path / "x.pt").write_bytes(text)
+    for path in (tmp_path, tmp_path / "x.pt"):
+        with pytest.raises(CheckpointError, match=message):
+            read_header(path)
+    (tmp_path / "clip.skeleton").touch()
+    with pytest.raises(FileNotFoundError, match="import-msg3d"):  # but perhaps recordings
+        read_header(tmp_path)
 
 
 def test_random_damage_of_a_header_is_named(tmp_path, whole):
@@ -398,6 +423,8 @@ def test_random_damage_of_a_header_is_named(tmp_path, whole):
 @pytest.mark.parametrize("spoil", [
     lambda header, tensors: header.pop("state"),
     lambda header, tensors: header["state"].pop("step"),
+    lambda header, tensors: header.update(state=5),
+    lambda header, tensors: header["state"].update(epoch="2"),
     lambda header, tensors: tensors.pop("state/3"),
     lambda header, tensors: tensors.update({"state/3": torch.zeros(7)})])
 def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
@@ -409,6 +436,9 @@ def test_a_damaged_training_state_is_named(tmp_path, spoil, interruptible):
     spoil(header, tensors)
     rewrite(file, header, tensors)
     with pytest.raises(CheckpointError, match="its training state is damaged"):
+        go(config)
+    rewrite(file, {**header, "config": 5})
+    with pytest.raises(ConfigError, match="r holds no configuration that can be read"):
         go(config)
 
 
@@ -556,8 +586,11 @@ def test_errors_before_training(tmp_path):
             go(tmp_path / "y", device="cuda")
     unlabelled = TinyStore()
     unlabelled.labels = np.where(np.arange(20) == 5, -1, unlabelled.labels)
+    alike = TinyStore()
+    alike.labels, alike.classes = alike.labels * 0, ["up"]
     for store, changes, message in (
             (unlabelled, {}, "'clip5' is a training clip"),
+            (alike, {}, "nowhere: only one class, 'up': nothing to learn"),
             (None, dict(validation=0.99), "takes 14 of the 14"),
             (None, dict(validation=0.05, keep_best="ce"), "takes 0 of the 14"),
             (None, dict(accumulate=8), "can't be cut into 8 parts")):
@@ -851,6 +884,7 @@ class Calls:
      "refused: on loading it would call posix.system"),
     (lambda p, real: p.write_bytes(b"no pickle at all"), "not a file of tensors"),
     (lambda p, real: p.write_bytes(b""), "not a file of tensors"),
+    (lambda p, real: p.write_bytes(POINTER), "x.pt: a Git LFS pointer"),
     (lambda p, real: p.write_bytes(real.read_bytes()[:-5000]), "not a file of tensors"),
     (lambda p, real: None, r"x.pt: not a file of tensors.*FileNotFoundError")])
 def test_hostile_and_broken_files_are_refused(tmp_path, public, monkeypatch, write, message):

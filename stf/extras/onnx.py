@@ -12,7 +12,7 @@ import logging
 import os
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -164,11 +164,12 @@ class OnnxNetwork:
             raise ValueError(f"{path}: not an ONNX network ({str(e).splitlines()[0]})") from e
         self.session, self.outputs = run, [o.name for o in run.get_outputs()]
         metadata = run.get_modelmeta().custom_metadata_map
-        self.facts = {k: json.loads(v) for k, v in metadata.items() if v}
-        if "skeleton" not in self.facts:
-            raise ValueError(f"{path}: has no header; was it written by export_onnx?")
-        self.skeleton = Skeleton(**self.facts["skeleton"])
-        self.classes = [str(c) for c in self.facts.get("classes", range(self.facts["num_classes"]))]
+        try:
+            self.facts = facts = {k: json.loads(v) for k, v in metadata.items() if v}
+            self.skeleton = Skeleton(**facts["skeleton"])
+            self.classes = [str(c) for c in facts.get("classes", range(facts["num_classes"]))]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"{path}: has no header ({e}); `stf export` writes one") from None
 
     def __call__(self, x) -> dict:
         "x (N,C,T,V,M) → {name: array}: logits, focus, G1 …, as the file has them."
@@ -177,15 +178,19 @@ class OnnxNetwork:
 
     def prepare(self, clip: Clip) -> np.ndarray:
         "The input (1,C,T,V,M) of a clip; ClipError for another skeleton, or if it can't be made."
-        if clip.skeleton.joints != self.skeleton.joints:
-            own, needed = clip.skeleton, self.skeleton.name
-            message = f"has {own.num_joints} joints ({own.name}); this network needs {needed}"
+        (V, C), own, needed = clip.joints.shape[2:], clip.skeleton, self.skeleton
+        if V != needed.num_joints or own and own.joints != needed.joints:
+            message = f"has {V} joints ({own and own.name}); this network needs {needed.name}"
             raise ClipError(clip.name, "skeleton", message)
         keys = ("stream", "preprocess", "length", "num_bodies", "bodies", "time")
-        try:
-            return prepare(clip, **{k: self.facts[k] for k in keys if k in self.facts}).x[None]
+        options = {k: self.facts[k] for k in keys if k in self.facts}
+        try:  # by the network's skeleton: the clip's may lack a spine
+            x = prepare(replace(clip, skeleton=needed), **options).x[None]
         except ValueError as e:
             raise ClipError(clip.name, "preparation", e) from None
+        if x.shape[1] != self.facts["in_channels"]:
+            raise ClipError(clip.name, "", f"joints of {C} coordinates are not for this network")
+        return x
 
     def predict(self, clip: Clip) -> dict:
         "{probabilities (classes,), order: likeliest first, focus (M,T',V) or None}; ClipError."
