@@ -260,7 +260,7 @@ def _check_split(splits, known):
             continue
         found = {known[name] for name in listed if name in known}
         if listed and not found:
-            raise ValueError(f"the split {protocol} names {len(listed):,} clips for {side}, none of "
+            raise ValueError(f"the split {protocol} names {len(listed):,} {side} clips, none of "
                              f"which is here: {short(listed[0])}, here is {next(iter(known))!r}")
         if missing := len({*listed}) - len(found):
             notes.append(f"{missing:,} of {len({*listed}):,} clips of {protocol} {side} missing")

@@ -217,8 +217,8 @@ class Predictor:
         for n in self.networks:
             wanted, preset = coordinates(n.header), n.options["preprocess"]
             for fits, given, needed in (
-                (same, f"its skeleton is {named}", layout),
                 (C == wanted, f"its joints have {C} coordinates", wanted),
+                (same, f"its skeleton is {named}", layout),
                 (not done or done == preset, f"it was preprocessed already, by {done!r}",
                  f"raw recordings, or {preset!r}"),
             ):
@@ -268,7 +268,7 @@ class Predictor:
 
 # %% ../nbs/40_predict.ipynb #bb2eddb4
 def _read(sources, predictor):
-    "(checked Clip or ClipError, where, doubts) of each recording of Clips, and of what holds many."
+    "(checked Clip or ClipError, where, doubts) of each recording; a source may hold many."
     for source in sources:
         alone = isinstance(source, Clip)
         for i in range(1 if alone else len(source)):

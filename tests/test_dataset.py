@@ -78,10 +78,10 @@ def test_what_is_stored_comes_before_the_rule(tmp_path):
     assert sides("xsub", *four[:2], {}, {}) == [[1], [0]]  # two are on neither side
     for protocol, stored, message in (
         ("xmoon", four, "knows own, xsub, x-view, x-set"),
-        ("mine", [{"mine": "Train"}], "protocol 'mine' gives 'Train' for clip"),
-        ("mine", [{"mine": "train"}, {"mine": "val"}], "protocol 'mine' gives 'val' for clip"),
+        ("mine", [{"mine": "Train"}], "split: 'mine' must be 'train' or 'test', not 'Train'"),
+        ("mine", [{"mine": "train"}, {"mine": "val"}], "must be 'train' or 'test', not 'val'"),
     ):  # fmt: skip
-        with pytest.raises(StoreError, match=message):
+        with pytest.raises((StoreError, ClipError), match=message):
             sides(protocol, *stored)
     with pytest.raises(StoreError, match="subject=2,5'; there are none.*--test-subjects and --fol"):
         build(some(3), tmp_path / "t").split("xsub")

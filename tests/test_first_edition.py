@@ -182,6 +182,9 @@ def test_numbers(name, monkeypatch):
         stored = dict(zip(f["keys"].tolist(), parts))
     if name in ("foci", "losses", "traces"):
         monkeypatch.setattr("stf.preparation._body_height", body_height)
+    if name == "batches":  # which left frames without anybody in
+        all_frames = lambda clip: (clip, np.arange(clip.joints.shape[1]))
+        monkeypatch.setattr("stf.preparation._without_gaps", all_frames)
     computed, tolerance = ARRAYS[name](), 1e-5 if name in ("batches", "predictions") else 1e-8
     assert computed.keys() == stored.keys()
     for key, wanted in stored.items():
