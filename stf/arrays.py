@@ -189,7 +189,7 @@ def _plain(value):
 class ArraySet:
     """The recordings of a data set in a few large files, in order.
 
-    `names`, `labels`, `title`, `about` (joints, bodies, classes, lost: how many); record(i) is a
+    `names`, `labels`, `title`, `about` (bodies, classes, lost: how many; notes); record(i) is a
     dictionary with joints (M,T,V,C), visible (M,T,V) or None, label, tags and split. ValueError for
     a bad one.
     """
@@ -328,8 +328,8 @@ def _pyskl(files, alone=False):
     shapes = [s for s in shapes if [*map(type, s)] == [int] * 4]
     labels = [row.get("label") for row in rows]
     labels = [int(v) if isinstance(v, (int, np.integer)) and v >= 0 else None for v in labels]
-    V, M = sorted({s[2] for s in shapes}), max((s[0] for s in shapes), default=0)
-    return ArraySet("pyskl annotations", names, labels, record, joints=V, bodies=M, lost=lost,
+    M = max((s[0] for s in shapes), default=0)
+    return ArraySet("pyskl annotations", names, labels, record, bodies=M, lost=lost,
                      notes=notes + told)
 
 # %% ../nbs/10_arrays.ipynb #23603c29
@@ -381,8 +381,7 @@ def _ctrgcn(name, place, num_joints):
     used = {f"{k}_{part}.npy" for k in "xy" for part in ("train", test)}
     other = [n.removesuffix(".npy") for n in there if n not in used]
     notes = [f"not read: {', '.join(other)}"] if other else []
-    return ArraySet("CTR-GCN arrays", names, labels, record, joints=[num_joints], bodies=M,
-                     notes=notes)
+    return ArraySet("CTR-GCN arrays", names, labels, record, bodies=M, notes=notes)
 
 # %% ../nbs/10_arrays.ipynb #1433d77f
 def what_is_it(sample):
@@ -448,9 +447,8 @@ def _msg3d(path, files, arrays, labels=None):
         split = {protocol: "train" if part == "train" else "test"} if part else {}
         return dict(joints=joints, visible=visible, label=numbers[i], tags=tags, split=split)
 
-    about = dict(bodies=index[0][0].shape[4], joints=sorted({x.shape[3] for x, *_ in index}),
-                 notes=notes)
-    return ArraySet("MS-G3D / 2s-AGCN / ST-GCN arrays", names, numbers, record, **about)
+    return ArraySet("MS-G3D / 2s-AGCN / ST-GCN arrays", names, numbers, record,
+                    bodies=index[0][0].shape[4], notes=notes)
 
 # %% ../nbs/10_arrays.ipynb #7ddcb12a
 def _axes_of(place):

@@ -309,38 +309,34 @@ class Files:
 
 
 def read_label_table(path) -> dict:
-    """{name: {label, class_name, split, tags}} of a CSV with name, class and what else is known.
+    """{name: {label, class_name, split, tags}, as far as they are known} of a CSV file.
 
-    Columns: name (of a clip, or its file), class (words) or label (from 0), split (train, test),
+    Columns: name (of a clip, or its file), class (words) or label (from 0), split (train, test);
     others are tags. Without a header: name, class, split. ClipError names file and line.
     """
-    with reading(path) as (data, _):
-        with named(path, "not a text in UTF-8: {}"):
-            text = data.decode("utf-8-sig")
-        lines = enumerate(csv.reader(io.StringIO(text)), 1)
-        rows = [(n, [v.strip() for v in row]) for n, row in lines if any(row)]
-        head = ["name", "class", "split"][: len(rows[0][1]) if rows else 0]
-        head = rows.pop(0)[1] if rows and "name" in rows[0][1] else head
-        words = {"name"} & {*head} and {"class", "class_name", "label"} & {*head}
-        expect(words, "must have a column 'name', and 'class' or 'label'")
-        found = {}
-        for n, row in rows:
-            expect(len(row) == len(head), f"{len(row)} columns, not {len(head)}", f"line {n}")
-            own = {k: v for k, v in zip(head, row) if v}
+    with reading(path) as (data, _), named("", "not a table in UTF-8: {}"):
+        text = data.decode("utf-8-sig")
+        mark = max(",;\t", key=text.count)
+        rows = csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=True)
+        rows, table = [[v.strip() for v in row] for row in rows if row], {}
+        head = rows.pop(0) if rows and "name" in rows[0] else ["name", "class", "split"]
+        for row in rows:
+            own = {key: v for key, v in zip(head, row) if v}
             name, label = own.pop("name", ""), own.pop("label", None)
-            expect(name and name not in found, f"{name or 'no name'!r} is there twice", f"line {n}")
-            expect(label is None or label.isdigit(), f"label {label!r}: from 0", f"line {n}")
-            about = {"class_name": own.pop("class", None) or own.pop("class_name", None)}
-            about |= {"label": None if label is None else int(label)}
-            about["split"] = {"official": own.pop("split")} if "split" in own else {}
-            side = about["split"].get("official", "train")
-            expect(side in ("train", "test"), f"split {side!r}: train or test", f"line {n}")
-            tags = {k: int(v) if v.isdigit() else v for k, v in own.items()}
-            found[name] = about | {"tags": tags}
-        words = sorted({entry["class_name"] for entry in found.values()} - {None})
-        for entry in found.values() if "label" not in head else ():
-            entry["label"] = words.index(entry["class_name"]) if entry["class_name"] else None
-        return found
+            words, side = own.pop("class", None), own.pop("split", None)
+            about = {"tags": {k: int(v) if v.isdigit() else v for k, v in own.items()}}
+            about |= {"split": {"official": side}} if side else {}
+            about |= {"class_name": words} if words else {}
+            good = len(row) <= len(head) and name not in ("", *table)
+            good = good and side in (None, "train", "test") and (label or "0").isdigit()
+            expect(good, f"line of {short(name)}: must be {', '.join(head)}, each name once, split "
+                   "train or test, a label from 0")  # fmt: skip
+            table[name] = about | ({"label": int(label)} if label else {})
+        words = sorted({own["class_name"] for own in table.values() if "class_name" in own})
+        for own in table.values():
+            if "label" not in own and "class_name" in own:
+                own["label"] = words.index(own["class_name"])
+        return table
 
 # %% ../nbs/10b_files.ipynb #a296b1fb
 class Clips:
@@ -368,6 +364,8 @@ class Clips:
         with named(self.places[i], "{}"):
             clip = self.read(i)
         self.about["bodies"] = max(self.about["bodies"], len(clip.joints))
+        taken = f" (taken as {clip.skeleton.name})" if clip.guessed else ""
+        self.about["joints"] = f"{clip.joints.shape[2]} joints{taken}"
         return clip
 
     def __iter__(self):
@@ -384,7 +382,9 @@ class Clips:
 
     @property
     def summary(self) -> str:
-        "What the input was taken for, in one line, as far as it is known by now."
+        "What the input was taken for, in one line, as far as its first clip tells."
+        with suppress(ClipError):
+            self.about["joints"] or self[0]
         joints, bodies, classes, lost, unread, notes = self.about.values()
         parts = [f"{len(self):,} clip" + "s" * (len(self) != 1), joints,
                  bodies and f"up to {bodies} {'body' if bodies == 1 else 'bodies'}",

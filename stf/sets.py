@@ -7,33 +7,17 @@ __all__ = ['SETS', 'KinectSet', 'open_set']
 
 # %% ../nbs/10d_sets.ipynb #4287840a
 import io
+import json
 import os
 import re
 from dataclasses import dataclass, field
+from importlib.resources import files
 
 import numpy as np
 
 from .arrays import ArraySet
 from .files import expect, named, reading
-from .skeleton import SKELETONS, Skeleton
-
-# %% ../nbs/10d_sets.ipynb #def6382f
-_sides = lambda *parts: tuple(f"{side} {part}" for side in ("left", "right") for part in parts)
-
-
-def _fifteen(name, middle, hand, foot):
-    "A layout of 15 joints, three of which are called differently in each set."
-    arms, legs = _sides("shoulder", "elbow", hand), _sides("hip", "knee", foot)
-    bones = ((0, 1), (1, 2), (3, 1), (4, 3), (5, 4), (6, 1), (7, 6), (8, 7),
-             (9, 2), (10, 9), (11, 10), (12, 2), (13, 12), (14, 13))  # fmt: skip
-    height = ("head", "neck", middle, "left hip", "left knee", f"left {foot}")
-    return Skeleton(name, ("head", "neck", middle, *arms, *legs), bones, middle, height,
-                    spine=(middle, "neck"), shoulders=("right shoulder", "left shoulder"))
-
-
-_KINECT = SKELETONS["kinect20"]
-_SBU = _fifteen("sbu15", "torso", "hand", "foot")
-_FLORENCE = _fifteen("florence15", "spine", "wrist", "ankle")
+from .skeleton import SKELETONS
 
 # %% ../nbs/10d_sets.ipynb #e15d76be
 @dataclass(frozen=True)
@@ -42,9 +26,9 @@ class KinectSet:
 
     title: str
     path: str  # how it ends: a pattern with groups name, action, subject or pair, take
-    skeleton: Skeleton  # of the clips
-    joints: tuple  # in the file's order
-    classes: str  # names of actions 1, 2, …
+    skeleton: str  # of the clips: a name in SKELETONS
+    joints: list  # in the file's order
+    classes: list  # names of actions 1, 2, …
     before: int = 0  # numbers in a line before the coordinates
     values: int = 3  # numbers a joint, of which x, y, z are read
     lines: int = 1  # a frame
@@ -55,49 +39,8 @@ class KinectSet:
     only: dict = field(default_factory=dict)  # {protocol: its actions, where not all}
 
 
-_PAIRS = [f"{side} {part}" for part in ("shoulder", "hip", "elbow", "wrist", "hand", "knee",
-                                        "ankle", "foot") for side in ("left", "right")]  # fmt: skip
-_EVEN = {2, 4, 6, 8, 10}
-_FOLDS = ("s01s02 s03s04 s05s02 s06s04", "s02s03 s02s07 s03s05 s05s03",
-          "s01s03 s01s07 s07s01 s07s03", "s02s01 s02s06 s03s02 s03s06",
-          "s04s02 s04s03 s04s06 s06s02 s06s03")  # fmt: skip
-_TAKE = r"/(a(?P<action>\d+)_s(?P<subject>\d+)_[et](?P<take>\d+))_skeleton"
-
-SETS = {
-    "ut-kinect": KinectSet(
-        "UT-Kinect", r"/joints_(s(?P<subject>\d+)_e(?P<take>\d+))\.txt", _KINECT, _KINECT.joints,
-        "walk, sit down, stand up, pick up, carry, throw, push, pull, wave hands, clap hands",
-        before=1),
-    "sbu": KinectSet(
-        "SBU Kinect Interaction",
-        r"/((?P<pair>s\d+s\d+)/(?P<action>\d+)/(?P<take>\d+))/skeleton_pos\.txt", _SBU, _SBU.joints,
-        "approaching, departing, kicking, pushing, shaking hands, hugging, exchanging object, "
-        "punching",
-        before=1, bodies=2, scale=(-2.56, -1.92, 1.28), offset=(1.28, 0.96, 0),
-        tested={f"fold{k}": {*pairs.split()} for k, pairs in enumerate(_FOLDS, 1)}),
-    "utd-mhad": KinectSet(
-        "UTD-MHAD", _TAKE + r"\.mat", _KINECT,
-        ("head", "shoulder centre", "spine", "hip centre", *_KINECT.joints[4:]),
-        "swipe left, swipe right, wave, clap, throw, cross arms, basketball shoot, draw x, draw "
-        "circle (clockwise), draw circle (counter clockwise), draw triangle, bowling, boxing, "
-        "baseball swing, tennis swing, arm curl, tennis serve, push, knock, catch, pick up and "
-        "throw, jog, walk, sit to stand, stand to sit, lunge, squat",
-        tested={"xsub": _EVEN}),
-    "msr-action3d": KinectSet(
-        "MSR-Action3D", _TAKE + r"3D\.txt", _KINECT,
-        (*_PAIRS[:2], "shoulder centre", "spine", *_PAIRS[2:4], "hip centre", *_PAIRS[4:], "head"),
-        "high arm wave, horizontal arm wave, hammer, hand catch, forward punch, high throw, "
-        "draw x, draw tick, draw circle, hand clap, two hand wave, side-boxing, bend, forward "
-        "kick, side kick, jogging, tennis swing, tennis serve, golf swing, pick up and throw",
-        values=4, lines=20, tested=dict.fromkeys(("xsub", "as1", "as2", "as3"), _EVEN),
-        only={"as1": {2, 3, 5, 6, 10, 13, 18, 20}, "as2": {1, 4, 7, 8, 9, 11, 12, 14},
-              "as3": {6, *range(14, 21)}}),
-    "florence3d": KinectSet(
-        "Florence 3D", r"/(Florence_dataset_WorldCoordinates)\.txt", _FLORENCE, _FLORENCE.joints,
-        "wave, drink from a bottle, answer phone, clap, tight lace, sit down, stand up, "
-        "read watch, bow",
-        before=3, scale=(1e-3,) * 3, tested={f"actor{k}": {k} for k in range(1, 11)}),
-}  # fmt: skip
+_table = json.loads(files("stf").joinpath("sets.json").read_text(encoding="utf-8"))
+SETS = {key: KinectSet(**about) for key, about in _table.items()}
 
 # %% ../nbs/10d_sets.ipynb #375311a8
 def _numbers(data, d, span=None):
@@ -136,7 +79,7 @@ def _metres(numbers, d):
     "Joints (M,T,V,3) in metres, y up, of a file's numbers; an absent body stays 0."
     raw = numbers.reshape(-1, d.bodies, len(d.joints), d.values)[..., :3]
     joints = np.where(raw.any((2, 3), keepdims=True), raw * d.scale + d.offset, 0)
-    order = [d.joints.index(joint) for joint in d.skeleton.joints]
+    order = [d.joints.index(joint) for joint in SKELETONS[d.skeleton].joints]
     return joints[:, :, order].transpose(1, 0, 2, 3).astype(np.float32)
 
 # %% ../nbs/10d_sets.ipynb #eed9bfc7
@@ -145,7 +88,7 @@ def _ut_kinect(files, members, d):
     places = {name.rpartition("/")[2]: i for i, name in enumerate(files.names)}
     expect("actionLabel.txt" in places, "actionLabel.txt is missing, which says where UT-Kinect's "
            "actions are: put it into this folder")  # fmt: skip
-    words = {name.replace(" ", ""): k for k, name in enumerate(d.classes.split(", "), 1)}
+    words = {name.replace(" ", ""): k for k, name in enumerate(d.classes, 1)}
     entry, listed, entries = r"\s*(\w+)\s*:\s*(NaN|\d+)\s+(NaN|\d+)\s*", {}, []
     with reading(files.open(places["actionLabel.txt"])) as (data, _):
         for at, line in enumerate(data.decode("latin1").splitlines(), 1):
@@ -191,27 +134,27 @@ def open_set(
     titles = " and ".join(SETS[key].title for key in found)
     expect(len(found) < 2, f"holds several sets, {titles}: name the folder of one")
     if not found:
-        expect(not ends(_TAKE + r"\.txt"), "MSR-Action3D in pixels and depth: fetch its "
-               "MSRAction3DSkeletonReal3D, whose files end in _skeleton3D.txt")  # fmt: skip
+        expect(not ends(r"/(a\d+_s\d+_e\d+)_skeleton\.txt"), "MSR-Action3D in pixels and depth: "
+               "fetch its MSRAction3DSkeletonReal3D, of files that end in _skeleton3D.txt")
         return None
     (key, members), many = found.popitem(), {"ut-kinect": _ut_kinect, "florence3d": _florence3d}
     d = SETS[key]
     clips, lost = many[key](files, members, d) if key in many else (members, 0)
-    classes, read = d.classes.split(", "), _matlab if d.path.endswith("mat") else _numbers
+    read = _matlab if d.path.endswith("mat") else _numbers
 
     def record(i):
         at, _, tags, span = clips[i]
         action, group = tags["action"], tags.get("pair", tags.get("subject"))
         with reading(files.open(at)) as (data, _):
-            expect(0 < action <= len(classes), f"action {action}, but {d.title} has {len(classes)}")
+            most = len(d.classes)
+            expect(0 < action <= most, f"action {action}, but {d.title} has {most}")
             joints = _metres(read(data, d, span), d)
         split = {p: "test" if group in tested else "train" for p, tested in d.tested.items()
                  if action in d.only.get(p, [action])}  # fmt: skip
         return dict(joints=joints, visible=None, label=action - 1, tags=tags, split=split,
-                    class_name=classes[action - 1], skeleton=d.skeleton)  # fmt: skip
+                    class_name=d.classes[action - 1], skeleton=SKELETONS[d.skeleton])  # fmt: skip
 
     names, labels = [clip[1] for clip in clips], [clip[2]["action"] - 1 for clip in clips]
-    about = dict(joints=[len(d.joints)], bodies=d.bodies, lost=lost)
-    opened = ArraySet(d.title, names, labels, record, **about)
+    opened = ArraySet(d.title, names, labels, record, bodies=d.bodies, lost=lost)
     opened.again, opened.where = (open_set, (files,)), [files.where[clip[0]] for clip in clips]
     return opened
