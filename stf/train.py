@@ -45,7 +45,7 @@ class Config:
     folder: str = ""  # the run's folder; empty: data/runs/<name>-seed<seed>
 
     data: str = "data/ntu60"  # folder of the ClipStore
-    protocol: str = "xsub"  # which split: xsub, xview, xset, …
+    protocol: str = "xsub"  # which split: xsub, xview, …, subject=2,5 (tested), clip:1/5 (a fold)
     classes: tuple[str, ...] = ()  # names of the classes to learn; empty: all
     fraction: float = 1.0  # share of the training clips, drawn by seed (Table 4)
     stratified: bool = False  # the same share of each class
