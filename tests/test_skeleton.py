@@ -46,7 +46,7 @@ def test_public_bones():
     assert ntu["right hand tip"] == "right thumb" and ntu["right thumb"] == "right hand"
     assert "spine shoulder" not in ntu and ntu["spine mid"] == "spine shoulder"
     assert ntu["left hip"] == "spine base" and kinetics["left hip"] == "left shoulder"
-    assert [len(s.bones) for s in SKELETONS.values()] == [24, 17, 16, 19, 24, 25, 32, 16]
+    assert [len(s.bones) for s in SKELETONS.values()] == [24, 17, 16, 19, 24, 25, 32, 16, 14, 14]
 
 
 @pytest.mark.parametrize("change, message", [
