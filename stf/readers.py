@@ -123,32 +123,28 @@ class Clip:
 
     def doubts(self) -> list:
         "What may be wrong with the coordinates and the layout, and the option that says it."
-        s, found = self.skeleton, []
-        if self.guessed:
-            found.append(f"the layout is taken as {s.name}, as it has {s.num_joints} joints: name "
-                         "another by skeleton=…")
-        if self.scored:
-            found.append("the third coordinate, 0..1 beside hundreds, is taken as a score: for "
-                         "a depth say axes=xyz")
+        s, C, w = self.skeleton, self.joints.shape[3], self.visible > 0
+        found = [f"the layout is taken as {s.name}, as it has {s.num_joints} joints: name another "
+                 "by skeleton=…"] if self.guessed else []  # fmt: skip
+        found += ["the third coordinate, 0..1 beside hundreds, is taken as a score: for a depth "
+                  "say axes=xyz"] if self.scored else []  # fmt: skip
         head, feet = ([v for v, j in enumerate(s.joints if s else ()) if re.search(words, j)]
                       for words in ("head|nose|eye", "ankle|foot|heel"))  # fmt: skip
-        w, C = self.visible > 0, self.joints.shape[3]
         seen = w[:, :, head].any(2) & w[:, :, feet].any(2)
-        if seen.any() and not self.tags.get("preprocessed"):
-            at = [np.average(self.joints[seen][:, v], 1, np.repeat(w[seen][:, v, None], C, 2))
-                  for v in (head, feet)]  # fmt: skip
-            up = np.median(at[0] - at[1], 0)
-            most = np.abs(up).argmax()
-            if C == 3 and most == 1 and up[1] < 0:
-                found.append("the head is below the feet: if y points down, say axes=xYz (XYz if x "
-                             "points to the image's right)")
-            elif C == 3 and most == 2:
-                z, Z = ("xzy", "xZy") if up[2] > 0 else ("xzY", "xZY")
-                found.append(f"the head is above the feet along z: if that is up, say axes={z} "
-                             f"({Z} if the axes are right-handed)")
-            elif C == 2 and most == 1 and up[1] > 0:
-                found.append("the head is below the feet: if y points up, say axes=xY")
-        return found
+        if self.tags.get("preprocessed") or not seen.any():
+            return found
+        at = [np.average(self.joints[seen][:, v], 1, np.repeat(w[seen][:, v, None], C, 2))
+              for v in (head, feet)]  # fmt: skip
+        up = np.median(at[0] - at[1], 0)
+        below = "the head is below the feet: if y points {}, say axes={}"
+        along = "the head is above the feet along z: if that is up, say axes={} ({} if the axes are " \
+                "right-handed)"  # fmt: skip
+        wrong = {(3, 1, False): below.format("down", "xYz (XYz if x points to the image's right)"),
+                 (3, 2, True): along.format("xzy", "xZy"), (2, 1, True): below.format("up", "xY"),
+                 (3, 2, False): along.format("xzY", "xZY")}  # fmt: skip
+        most = int(np.abs(up).argmax())
+        return found + [wrong[key] for key in wrong if key == (C, most, bool(up[most] > 0))]
+
     def __repr__(self):
         M, T, V, C = self.joints.shape
         words = f" {self.class_name!r}" if self.class_name else ""
