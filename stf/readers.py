@@ -137,8 +137,7 @@ class Clip:
               for v in (head, feet)]  # fmt: skip
         up = np.median(at[0] - at[1], 0)
         below = "the head is below the feet: if y points {}, say axes={}"
-        along = "the head is above the feet along z: if that is up, say axes={} ({} if the axes are " \
-                "right-handed)"  # fmt: skip
+        along = "the head is above the feet along z: if that is up, say axes={} (right-handed: {})"
         wrong = {(3, 1, False): below.format("down", "xYz (XYz if x points to the image's right)"),
                  (3, 2, True): along.format("xzy", "xZy"), (2, 1, True): below.format("up", "xY"),
                  (3, 2, False): along.format("xzY", "xZY")}  # fmt: skip
