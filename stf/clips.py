@@ -128,7 +128,9 @@ def _told(read, table, axes, i):
         seen = as_scores(x[..., -1], "scores")
     order = [axes.lower().index(axis) for axis in "xyz"[: len(axes.strip("s"))]]
     x = x[..., order] * np.float32([-1 if axes[k].isupper() else 1 for k in order])
-    return replace(clip, joints=x, visible=x.any(3) if seen is None else seen)
+    made = replace(clip, joints=x, visible=x.any(3) if seen is None else seen)
+    made.guessed = clip.guessed
+    return made
 
 # %% ../nbs/11_clips.ipynb #8b776680
 def _many_files(files, kind, skeleton, labels):
