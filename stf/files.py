@@ -65,7 +65,8 @@ def named(path, words=None):
             raise
         if not isinstance(e, ClipError):
             e = ClipError("", "", words.replace("{}", str(getattr(e, "strerror", 0) or e)))
-        below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder
+        below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder, or a frame beside
+        below |= "" != os.path.dirname(e.path) == os.path.dirname(path)
         raise ClipError(e.path if below else path, e.place, e.reason) from None
 
 # %% ../nbs/10b_files.ipynb #930e1765
@@ -131,7 +132,8 @@ _KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays",
           ".pickle": "arrays"}  # fmt: skip
 _CONTENT = {  # what tells where the ending doesn't
     ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data"',
-              "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:'},
+              "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:|'
+                       rb'"(people|bodies)" *: *\['},
     ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
 _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
 _binary = lambda path: open(path, "rb")
@@ -312,15 +314,23 @@ def read_label_table(path) -> dict:
     """{name: {label, class_name, split, tags}} of a CSV with name, class and what else is known.
 
     Columns: name (of a clip, or its file), class (words) or label (from 0), split (train, test),
-    others are tags. Without a header: name, class, split. ClipError names file and line.
+    others are tags. Without a header: name, class (or label), split. Words are parted by commas,
+    semicolons or tabs. ClipError names file and line.
     """
     with reading(path) as (data, _):
         with named(path, "not a text in UTF-8: {}"):
             text = data.decode("utf-8-sig")
-        lines = enumerate(csv.reader(io.StringIO(text)), 1)
+        comma = max(",;\t", key=text.partition("\n")[0].count)
+        lines = enumerate(csv.reader(io.StringIO(text), delimiter=comma), 1)
         rows = [(n, [v.strip() for v in row]) for n, row in lines if any(row)]
-        head = ["name", "class", "split"][: len(rows[0][1]) if rows else 0]
-        head = rows.pop(0)[1] if rows and "name" in rows[0][1] else head
+        head = [v.lower() for v in rows[0][1]] if rows else []
+        if "name" not in head:
+            head = [re.sub("^(file|clip|video)(_?name)?$", "name", v) for v in head]
+        if {"name", "class", "class_name", "label"} & {*head}:
+            del rows[0]
+        else:
+            kind = "label" if all(v.isdigit() for _, row in rows for v in row[1:2]) else "class"
+            head = ["name", kind, "split"][: len(head)]
         words = {"name"} & {*head} and {"class", "class_name", "label"} & {*head}
         expect(words, "must have a column 'name', and 'class' or 'label'")
         found = {}
@@ -329,7 +339,8 @@ def read_label_table(path) -> dict:
             own = {k: v for k, v in zip(head, row) if v}
             name, label = own.pop("name", ""), own.pop("label", None)
             expect(name and name not in found, f"{name or 'no name'!r} is there twice", f"line {n}")
-            expect(label is None or label.isdigit(), f"label {label!r}: from 0", f"line {n}")
+            expect(label is None or label.isdigit(), f"label {label!r}: a number from 0, or call "
+                   "the column class", f"line {n}")  # fmt: skip
             about = {"class_name": own.pop("class", None) or own.pop("class_name", None)}
             about |= {"label": None if label is None else int(label)}
             about["split"] = {"official": own.pop("split")} if "split" in own else {}
