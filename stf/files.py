@@ -167,8 +167,9 @@ class Files:
 
         found, known = [], set()
         for folder, below, files in os.walk(self.path, onerror=refuse, followlinks=True):
-            real, prepared = os.path.realpath(folder), {"header.json", "rows.npy"} <= {*files}
-            if prepared or real in known:  # a store within, or a link that leads here again
+            real, own = os.path.realpath(folder), {"header.json", "rows.npy"} <= {*files}
+            own |= "checkpoint.safetensors" in files
+            if own or real in known:  # a store or run within, or a link that leads here again
                 below.clear()
                 continue
             known.add(real)
