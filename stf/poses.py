@@ -109,10 +109,9 @@ def _people(node, t=None, depth=0):
     if isinstance(node, dict):
         t = next((node[key] for key in _TIME if key in node), t)
         if key := next((k for k in _POINTS if isinstance(node.get(k), list)), None):
-            first = node[key][0][:1] if isinstance((node[key] or [0])[0], list) else []
-            several = first and not isinstance(first[0], (int, float))
-            people = node[key] if several else [node[key]]
-            for at, points in enumerate(people):  # lists within no frame are frames
+            first = next(filter(None, node[key]), 0)  # the first frames may be empty
+            several = isinstance(first, list) and isinstance(first[0], (list, dict))
+            for at, points in enumerate(node[key] if several else [node[key]]):  # else: frames
                 if points:
                     yield at if t is None else t, points, node | {"key": key}
             return
