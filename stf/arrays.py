@@ -229,7 +229,7 @@ def _split_of_key(key):
 def _split_of_file(name):
     "('xsub', 'train') of ntu60_xsub_train.pkl, which is one part of a set; None: no part of one."
     part = re.search(r"(?<![^_.-])(train|val|test)(?![^_.-])", Path(name).stem.lower())
-    return part and (_protocol(Path(name).stem), "train" if part[1] == "train" else "test")
+    return part and (_protocol(Path(name).stem), part[1])
 
 
 def _stem(name):
@@ -301,7 +301,7 @@ def _pyskl(files, alone=False):
         if not split and (part := _split_of_file(name)):
             splits.setdefault(part, []).extend(str(row.get("frame_dir")) for row in here)
     given = [row.get("frame_dir") for row in rows]
-    given = [v if type(v) is str else f"annotation {i}" for i, v in enumerate(given)]
+    given = [str(v) if type(v) in (str, int) else f"annotation {i}" for i, v in enumerate(given)]
     names = [_stem(name) for name in given]
     names = names if len({*names}) == len(names) else given  # v1 of two folders
     sides, told = _check_split(splits, {**dict(zip(names, given)), **dict(zip(given, given))})
@@ -315,7 +315,7 @@ def _pyskl(files, alone=False):
             raise ValueError("keypoint is missing (raw_file, a file beside, is not read)")
         for key, a, axes in (("keypoint", joints, 4), ("keypoint_score", score, 3)):
             if a is not None and not (isinstance(a, np.ndarray) and a.ndim == axes):
-                raise ValueError(f"{key} must be an array of {axes} axes")
+                raise ValueError(f"{key} must be an array of {axes} axes ({'MTVC'[:axes]})")
         T, size = joints.shape[1], row.get("img_shape")
         if (frames := row.get("total_frames", T)) != T:
             raise ValueError(f"total_frames is {short(frames)}, but there are {T} frames")
@@ -344,15 +344,15 @@ def _members(place):
 def _ctrgcn(name, place, num_joints):
     "Clips of CTR-GCN's x_train, y_train, … in the .npz at a place."
     there, index, names, labels = _members(place), [], [], []
-    test = "test" if {"x_test.npy", "y_test.npy"} <= {*there} else "val"
+    test = "test" if "x_test.npy" in there else "val"
     for part in ("train", test):
         x, y = (Rows(*place, n) if (n := f"{k}_{part}.npy") in there else () for k in "xy")
-        y = np.array([y[i] for i in range(len(y))])
-        if not (len(x) and len(y)):
+        if not len(x):
             continue
+        y = np.array([y[i] for i in range(len(y))] or [-1] * len(x))  # to predict, none are needed
         if y.ndim == 2 and ((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all():
             y = y.argmax(1)
-        if y.ndim != 1 or y.dtype.kind not in "iu" or y.min() < 0:
+        if y.ndim != 1 or y.dtype.kind not in "iu" or y.min() < -1:
             raise ValueError(f"y_{part}: must be one-hot rows (one 1, else 0) or whole numbers, "
                              f"got {y.dtype} {y.shape}")
         if len(x.shape) != 3 or len(x) != len(y):
@@ -368,9 +368,9 @@ def _ctrgcn(name, place, num_joints):
         split = {_protocol(Path(name).stem): "train" if part == "train" else "test"}
         index += [(x, i, split) for i in range(len(x))]
         names += [f"{Path(name).stem}_{part}_{i:06d}" for i in range(len(x))]
-        labels += y.tolist()
+        labels += map(_as_label, y)
     if not names:
-        raise ValueError("no clips: x_train and y_train, or x_test and y_test, missing or empty")
+        raise ValueError("no clips: x_train and x_test missing or empty")
 
     def record(i):
         x, row, split = index[i]
@@ -425,7 +425,7 @@ def _msg3d(path, files, arrays, labels=None):
                          "beside it (or labels=…)")
         clips = [f"{Path(name).stem}_{i:06d}" for i in range(len(x))], [None] * len(x)
         clips, of = _read_names_and_labels(tables[0]) if tables else clips
-        if len(x.shape) != 5 or x.shape[1] not in (2, 3):
+        if len(x.shape) != 5 or x.shape[1] not in (2, 3) or x.shape[1::3] == (2, 3):
             raise ValueError(f"must be (clips, 2 or 3 channels, frames, joints, bodies): {x.shape}")
         if len(x) != len(clips):
             there = Path(tables[0][-1]).name
@@ -495,7 +495,8 @@ def open_arrays(
     parts = {_split_of_file(name) for name in pickles}
     sets = {*map(folder, arrays), *packed}
     sets |= {re.sub("train|val|test", "", name.lower()) for name in pickles}
-    alone = len(pickles) > 1 and not arrays + packed and _is_alone(files[pickles[0]])
+    alone = len(pickles) > 1 and not arrays + packed
+    alone = alone and any(_is_alone(files[name]) for name in pickles[:8])  # some may be damaged
     if not alone and (len(sets) > 1 or len(parts) < len(pickles)):
         names = sorted({folder(n) or n for n in arrays} | {*packed, *pickles})
         raise ValueError(f"holds several data sets; name one of them: {', '.join(names[:8])}")

@@ -139,8 +139,8 @@ def prepare(
     from stf.checkpoints import named_skeleton
     from stf.dataset import ClipStore, open_input
 
-    own = dict(labels=labels or None, axes=axes or None)
-    clips = open_input(source, kind or None, named_skeleton(skeleton), **own)
+    own = dict(labels=labels or None, axes=axes or None, skeleton=named_skeleton(skeleton))
+    clips = open_input(source, kind=kind or None, **own)
     print(getattr(clips, "summary", clips))
     made = ClipStore.build(clips, store, strict=strict, overwrite=overwrite, workers=workers)
     picture = made.folder / "sheet.png"

@@ -58,7 +58,7 @@ def _recordings(files, members, kind):
 
 
 def _tell_folders(paths):
-    "[(split, class)] that folders tell of recordings: kinetics_train/, test/, walk/; {} and None."
+    "[(split, class)] that folders tell of recordings: kinetics_train/, test/, walk/; what not."
     sides = [next(filter(None, map(_SIDE.fullmatch, path)), None) for path in paths]
     names = [side and side[2].lower() for side in sides]
     test = "test" if "test" in names else "val"
@@ -66,7 +66,9 @@ def _tell_folders(paths):
              if name in ("train", test) else {} for side, name in zip(sides, names)]  # fmt: skip
     last = [next((f for f in path[:0:-1] if not _SIDE.fullmatch(f)), None) for path in paths]
     known = len({*last}) > 1 and None not in last
-    return [(side, own if known else None) for side, own in zip(sides, last)]
+    aside = names.count("val") if test == "test" else 0
+    notes = [f"{aside:,} validation clips are on no side"] if aside else []
+    return [(side, own if known else None) for side, own in zip(sides, last)], notes
 
 
 def _clip_of_file(files, recordings, tells, classes, kind, skeleton, listed, i):
@@ -94,7 +96,7 @@ def _clip_of_arrays(arrays, skeleton, own, i):
     raw, name = arrays.record(i), arrays.names[i]
     tags, by_name, words = ntu_words(name)
     joints, label = as_float32(raw["joints"], "joints"), raw["label"]
-    scored = joints.shape[3] == 3 and joints[..., 2].max() <= 1
+    scored = joints.shape[3] == 3 and joints[..., 2].max() <= 2
     limit = MAX_METRES if joints.shape[3] == 3 and not scored else MAX_IMAGE
     within = (np.abs(joints) <= limit).all()
     expect(within, f"hold a number that is not finite or beyond ±{limit:g}", "joints")
@@ -147,12 +149,12 @@ def _many_files(files, kind, skeleton, labels):
     there = [i for i in members if listed.get(stems[i], ()) is not None]
     expect(there, "the label list says that none of these files has a skeleton")
     recordings = _recordings(files, there, kind)
-    tells = _tell_folders([folders for *_, folders in recordings])
+    tells, notes = _tell_folders([folders for *_, folders in recordings])
     names, classes = [name for _, name, _ in recordings], sorted({own for _, own in tells} - {None})
     known = {tags["action"] for tags in map(name_tags, names) if tags}
     known |= {listed[stems[i]][0] for i in there if listed.get(stems[i])}
     read = partial(_clip_of_file, files, recordings, tells, classes, kind, skeleton, listed)
-    about = dict(classes=len(known or classes), lost=len(members) - len(there), unread=files.unread)
+    about = dict(classes=len(known or classes), lost=len(members) - len(there), notes=notes)
     return names, [files.where[numbers[0]] for numbers, *_ in recordings], read, about
 
 
@@ -190,8 +192,8 @@ def _find_kind(files, labels, num_joints):
         taken = [*map(os.path.basename, arrays.where)]
     there = [e for e in files.entries if not arrays or e[0] in places and e[0] not in taken]
     kinds = {kind: name for kind, name in files.kinds(there).items() if kind != "arrays"}
-    if taken or len(kinds) > 1:
-        kinds.pop("npy", None)  # means, embeddings, …
+    if "npy" in kinds and (taken or len(kinds) > 1):
+        files.unread.append(kinds.pop("npy"))  # means, embeddings, …
     ending = lambda name: os.path.splitext(name)[1].lower()
     same = [[e[0] for e in there if ending(e[0]) == ending(name)] for name in kinds.values()]
     names = [taken] * bool(taken) + same
@@ -206,14 +208,14 @@ def _find_kind(files, labels, num_joints):
 
 
 def _table_of(path, names):
-    "What a table of labels says of each clip. ClipError if it names none of them."
+    "What a table of labels says of each clip, and how many it names that aren't here. ClipError."
     bare = lambda name: re.sub(r"\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", "", name)
     table = {bare(name): own for name, own in read_label_table(path).items()}
     found = [table.get(bare(name)) for name in names]
     if not any(found):
         raise ClipError(path, "", f"none of its {len(table):,} names is here: "
                         f"{short(next(iter(table), ''))}, but there is {names[0]!r}")  # fmt: skip
-    return found
+    return found, len(table.keys() - {*map(bare, names)})
 
 
 def open_clips(
@@ -238,7 +240,7 @@ def open_clips(
         raise ValueError(f"skeleton must be a Skeleton, such as SKELETONS['ntu25']: {skeleton!r}")
     if axes and sorted(axes.lower()) not in map(sorted, ("xy", "xyz", "xys", "xyzs")):
         raise ClipError(path, "", f"axes={axes} must be x, y (and z) in some order, then s or not")
-    path, table = Path(path).expanduser(), str(labels).lower().endswith((".csv", ".txt"))
+    path, table = Path(path).expanduser(), str(labels).lower().endswith((".csv", ".tsv", ".txt"))
     if isinstance(labels, (str, os.PathLike)) and not os.path.isfile(labels):
         raise ClipError(labels, "", "no such file of labels")
     with named(path, "{}"):
@@ -259,10 +261,12 @@ def open_clips(
                    "labels=names.csv")  # fmt: skip
             where = getattr(arrays, "where", [f"{path}/{name}" for name in names])
             read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
-    told = _table_of(labels, names) if table else [None] * len(names)
+    told, absent = _table_of(labels, names) if table else ([None] * len(names), 0)
+    about = about | {"unread": files.unread}
     if table:
         missing, classes = told.count(None), {own.get("label") for own in told if own}
         notes = [f"{missing:,} not in {Path(labels).name}"] if missing else []
-        about = about | {"classes": len(classes), "notes": about.get("notes", []) + notes}
+        notes += [f"{absent:,} more in {Path(labels).name} alone"] if absent else []
+        about |= {"classes": len(classes), "notes": about.get("notes", []) + notes}
     read = partial(_told, read, told, axes) if table or axes else read
     return Clips(path, title, names, read, where, errors, **about)

@@ -341,15 +341,18 @@ class ClipStore:
         return cls(folder)
 
 
-def open_input(path, *args, **options):
+def open_input(path, **options):
     "The clips of a store, or what `open_clips` finds at a path, with its options. ClipError."
     try:
         folder = Path(path).expanduser()
         if all(os.path.isfile(folder / name) for name in ("header.json", "rows.npy")):
+            given = [f"{key}=…" for key, value in options.items() if value is not None]
+            if given:
+                raise StoreError(f"a prepared store takes no {', '.join(given)}: prepare it again")
             return ClipStore(folder)
     except StoreError as e:
         raise ClipError(path, "", str(e)) from e
-    return open_clips(path, *args, **options)
+    return open_clips(path, **options)
 
 # %% ../nbs/14_dataset.ipynb #d90bdd25
 def _check_indices(indices, N) -> np.ndarray:

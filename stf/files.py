@@ -65,7 +65,8 @@ def named(path, words=None):
             raise
         if not isinstance(e, ClipError):
             e = ClipError("", "", words.replace("{}", str(getattr(e, "strerror", 0) or e)))
-        below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder
+        below = e.path.startswith(f"{path}{os.sep}")  # an archive in this folder, or a frame beside
+        below |= "" != os.path.dirname(e.path) == os.path.dirname(path)
         raise ClipError(e.path if below else path, e.place, e.reason) from None
 
 # %% ../nbs/10b_files.ipynb #930e1765
@@ -131,7 +132,8 @@ _KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays",
           ".pickle": "arrays"}  # fmt: skip
 _CONTENT = {  # what tells where the ending doesn't
     ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data"',
-              "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:'},
+              "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:|'
+                       rb'"(people|bodies)" *: *\['},
     ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
 _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
 _binary = lambda path: open(path, "rb")
@@ -165,8 +167,9 @@ class Files:
 
         found, known = [], set()
         for folder, below, files in os.walk(self.path, onerror=refuse, followlinks=True):
-            real, prepared = os.path.realpath(folder), {"header.json", "rows.npy"} <= {*files}
-            if prepared or real in known:  # a store within, or a link that leads here again
+            real, own = os.path.realpath(folder), {"header.json", "rows.npy"} <= {*files}
+            own |= "checkpoint.safetensors" in files
+            if own or real in known:  # a store or run within, or a link that leads here again
                 below.clear()
                 continue
             known.add(real)
@@ -316,26 +319,38 @@ def read_label_table(path) -> dict:
     """
     with reading(path) as (data, _), named("", "not a table in UTF-8: {}"):
         text = data.decode("utf-8-sig")
-        mark = max(",;\t", key=text.count)
-        rows = csv.reader(io.StringIO(text), delimiter=mark, skipinitialspace=True)
-        rows, table = [[v.strip() for v in row] for row in rows if row], {}
-        head = rows.pop(0) if rows and "name" in rows[0] else ["name", "class", "split"]
-        for row in rows:
+        comma = max(",;\t", key=text.partition("\n")[0].count)
+        lines = enumerate(csv.reader(io.StringIO(text), delimiter=comma), 1)
+        rows = [(n, [v.strip() for v in row]) for n, row in lines if any(row)]
+        head = [v.lower().replace("class_name", "class") for v in rows[0][1]] if rows else []
+        if "name" not in head:
+            head = [re.sub("^(file|clip|video)(_?name)?$", "name", v) for v in head]
+        if {"name", "class", "label"} & {*head}:
+            del rows[0]
+        else:
+            head = ["name", "class", "split"]
+        known = "name" in head and {"class", "label"} & {*head}
+        expect(known, "must have a column 'name', and 'class' or 'label'")
+        classes = {dict(zip(head, row)).get("class", "").removeprefix("-") for _, row in rows}
+        if all(map(str.isdigit, classes)):
+            head[head.index("class")] = "label"
+        table = {}
+        for n, row in rows:
             own = {key: v for key, v in zip(head, row) if v}
-            name, label = own.pop("name", ""), own.pop("label", None)
+            name, label = own.pop("name", ""), own.pop("label", "-1")
             words, side = own.pop("class", None), own.pop("split", None)
-            about = {"tags": {k: int(v) if v.isdigit() else v for k, v in own.items()}}
-            about |= {"split": {"official": side}} if side else {}
-            about |= {"class_name": words} if words else {}
-            good = len(row) <= len(head) and name not in ("", *table)
-            good = good and side in (None, "train", "test") and (label or "0").isdigit()
-            expect(good, f"line of {short(name)}: must be {', '.join(head)}, each name once, split "
-                   "train or test, a label from 0")  # fmt: skip
-            table[name] = about | ({"label": int(label)} if label else {})
+            check = lambda held, reason: expect(held, reason, f"line {n}")
+            check(len(row) <= len(head), f"{len(row)} columns, not {len(head)}")
+            check(name and name not in table, f"{name or 'no name'!r} is there twice")
+            check(side in (None, "train", "test"), f"split {side!r}: train or test")
+            check(label == "-1" or label.isdigit(), f"label {label!r}: a number from 0")
+            table[name] = {"tags": {k: int(v) if v.isdigit() else v for k, v in own.items()},
+                           **({"split": {"official": side}} if side else {}),
+                           **({"class_name": words} if words else {}),
+                           **({"label": int(label)} if label != "-1" else {})}  # fmt: skip
         words = sorted({own["class_name"] for own in table.values() if "class_name" in own})
-        for own in table.values():
-            if "label" not in own and "class_name" in own:
-                own["label"] = words.index(own["class_name"])
+        for own in table.values() if "label" not in head else ():
+            own |= {"label": words.index(own["class_name"])} if "class_name" in own else {}
         return table
 
 # %% ../nbs/10b_files.ipynb #a296b1fb

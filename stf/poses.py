@@ -94,10 +94,10 @@ def kinetics_people(content, V):
 # %% ../nbs/10c_poses.ipynb #c10c000d
 POSE_LAYOUTS = {17: "coco17", 18: "openpose18", 25: "body25", 26: "halpe26", 33: "blazepose33"}
 _FRAMES = ("frames", "annotations", "instance_info", "predictions")
-_PEOPLE = ("people", "instances")
+_PEOPLE = ("people", "instances", "bodies")
 _TIME = ("frame_index", "frame_id", "frame", "image_id")
 _POINTS = ("pose_keypoints_2d", "pose_keypoints", "keypoints", "pose_world_landmarks",
-           "world_landmarks", "pose_landmarks", "poseLandmarks", "landmarks")  # fmt: skip
+           "world_landmarks", "pose_landmarks", "poseLandmarks", "landmarks", "joints")  # fmt: skip
 _OTHERS = {"joint_positions": "an Azure Kinect recording", "pose_keypoints_3d": "OpenPose in 3D",
            "Skeletons": "a recording of a Kinect tool"}  # fmt: skip
 WAY = "read it into an array (M,T,V,C) and np.savez('….npz', joints=…) it, the plain form"
@@ -109,10 +109,11 @@ def _people(node, t=None, depth=0):
     if isinstance(node, dict):
         t = next((node[key] for key in _TIME if key in node), t)
         if key := next((k for k in _POINTS if isinstance(node.get(k), list)), None):
-            first = node[key][0][:1] if isinstance((node[key] or [0])[0], list) else []
-            several = first and not isinstance(first[0], (int, float))
-            for points in node[key] if several else filter(None, [node[key]]):
-                yield t, points, node | {"key": key}
+            first = next(filter(None, node[key]), 0)  # the first frames may be empty
+            several = isinstance(first, list) and isinstance(first[0], (list, dict))
+            for at, points in enumerate(node[key] if several else [node[key]]):  # else: frames
+                if points:
+                    yield at if t is None else t, points, node | {"key": key}
             return
         for key, called in _OTHERS.items():
             expect(key not in node, f"{called}: {WAY}")
@@ -134,22 +135,24 @@ def _people(node, t=None, depth=0):
 def _person(points, more, place):
     "(points (V,C), scores (V,)) of one person."
     key, own = more["key"], more.get("keypoint_scores")
+    marks = "andmarks" in key or isinstance(points[0], dict)  # x, y, z, and a score or none
     if isinstance(points[0], dict):
-        axes = "xyz" if "world" in key else "xy"
-        points = [[p.get(k) for k in axes] + [p.get("visibility", 1)] for p in points]
+        points = [[p.get("x"), p.get("y"), p.get("z", 0), p.get("visibility", p.get("score", 1))]
+                  for p in points]  # fmt: skip
     flat = [v for p in points for v in p] if isinstance(points[0], list) else points
     width = len(points[0]) if isinstance(points[0], list) else 3
     rows = check_numbers(flat, MAX_IMAGE, place)
     whole = width in (2, 3, 4) and len(rows) % width == 0
     expect(whole, "must be x, y and score of each point", place)
     rows = rows.reshape(-1, width)
-    if own is None and width > 2:
+    if own is None and width > 2 + marks:
         rows, score = rows[:, :-1], rows[:, -1]
         score = score / 2 if score.max() == 2 and not (score % 1).any() else score  # COCO's flags
     else:
         score = np.ones(len(rows)) if own is None else check_numbers(own, 2, place)
     expect(len(score) == len(rows), f"has {len(rows)} points, {len(score)} scores", place)
-    return rows * [1, -1, -1] if "world" in key else rows, as_scores(score, place)
+    rows = rows * [1, -1, -1] if "world" in key else rows[:, :2] if marks else rows
+    return rows, as_scores(score, place)
 
 
 def pose_people(
@@ -160,11 +163,11 @@ def pose_people(
     for name, content in contents.items():
         frame = re.findall(r"\d+", name)[-1:] if several else []
         found += [(name, *p) for p in _people(content, int(frame[0]) if frame else None)]
-    expect(found, "no body in any frame")
+    expect(found, "no body in any frame, in the form of OpenPose, AlphaPose, COCO, mmpose or "
+           "MediaPipe")  # fmt: skip
     made = [_person(points, more, f"person {i}") for i, (_, _, points, more) in enumerate(found)]
     shape = {rows.shape for rows, _ in made}
     expect(len(shape) == 1, f"people of {' and '.join(str(len(r)) for r in shape)} points")
-    number = lambda t: int((re.findall(r"\d{1,12}", str(t)) or [0])[-1])
-    frame = np.array([number(t) for _, t, _, _ in found])
-    frame -= frame.min()
+    frame = [int((re.findall(r"\d+", str(t)) or [0])[-1]) for _, t, _, _ in found]
+    frame = np.array([min(t - min(frame), MAX_FRAMES) for t in frame])
     return (frame, *map(np.stack, zip(*made)), int(frame.max()) + 1)

@@ -38,7 +38,7 @@ def as_float32(array, place):
         array = np.asarray(array)
     expect(array.dtype.kind in "fiub", "must be numbers in a rectangular array", place)
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as infinite
-        return np.ascontiguousarray(array, dtype=np.float32)
+        return np.require(array, np.float32, "CW")
 
 
 @dataclass(repr=False, eq=False)
@@ -77,9 +77,9 @@ class Clip:
             expect(False, "is not a finite number", f"body {m}, frame {t}, joint {v}")
         x, self.scored = self.joints, False
         if shape[3] == 3 and self.visible is None and np.abs(x[..., :2]).max() > 20:
-            self.scored = bool(x[..., 2].min() >= 0 and 0 < x[..., 2].max() <= 1)
+            self.scored = bool(x[..., 2].min() >= -0.5 and 0 < x[..., 2].max() <= 2)
         if self.scored:
-            self.joints, self.visible = np.ascontiguousarray(x[..., :2]), x[..., 2]
+            self.joints, self.visible = x[..., :2].copy(), np.clip(x[..., 2], 0, 1)
         M, T, V, C = self.joints.shape
         seen = self.joints.any((2, 3))
         w = np.repeat(seen[:, :, None], V, 2) if self.visible is None else self.visible
@@ -389,7 +389,7 @@ def _load_npz(data, limit=1 << 28):
 
 
 def _array_alone(file, V):
-    "{'joints': …} of an .npy's bytes: (T,V,C), (M,T,V,C), (T,M·V·3), or an NTU parser's pickle."
+    "{'joints': …} of an .npy: (T,V,C), (M,T,V,C), (C,T,V,M), (T,M·V·3), or a parser's pickle."
     header = np.lib.format
     with named("", "can't be read: {}"):
         read = {1: header.read_array_header_1_0, 2: header.read_array_header_2_0}
@@ -409,6 +409,8 @@ def _array_alone(file, V):
         expect(bodies, f"{x.shape}: {x.shape[1]} numbers a frame are no bodies of {V} joints × 3; "
                "name their skeleton=…")  # fmt: skip
         x = x.reshape(len(x), bodies, V, 3).transpose(1, 0, 2, 3)
+    elif x.ndim == 4 and x.shape[3] in (1, 2) and x.shape[3] < x.shape[0] < 4:
+        x = x.transpose(3, 1, 2, 0)  # (C,T,V,M), as ST-GCN and its kin give a network
     return {"joints": x}
 
 

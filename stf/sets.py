@@ -86,11 +86,13 @@ def _metres(numbers, d):
 def _ut_kinect(files, members, d):
     "Clips (file, name, tags, span) that actionLabel.txt lists; how many have no frames. ClipError."
     places = {name.rpartition("/")[2]: i for i, name in enumerate(files.names)}
-    expect("actionLabel.txt" in places, "actionLabel.txt is missing, which says where UT-Kinect's "
-           "actions are: put it into this folder")  # fmt: skip
+    beside = os.path.join(os.path.dirname(os.path.abspath(files.path)), "actionLabel.txt")
+    here = "actionLabel.txt" in places
+    expect(here or os.path.isfile(beside), "actionLabel.txt is missing, which says where "
+           "UT-Kinect's actions are: put it into this folder, or beside")  # fmt: skip
     words = {name.replace(" ", ""): k for k, name in enumerate(d.classes, 1)}
     entry, listed, entries = r"\s*(\w+)\s*:\s*(NaN|\d+)\s+(NaN|\d+)\s*", {}, []
-    with reading(files.open(places["actionLabel.txt"])) as (data, _):
+    with reading(files.open(places["actionLabel.txt"]) if here else beside) as (data, _):
         for at, line in enumerate(data.decode("latin1").splitlines(), 1):
             if (m := re.fullmatch(entry, line)) and m[1].lower() in words:
                 entries.append((m[1], words[m[1].lower()], (float(m[2]), float(m[3]))))

@@ -127,7 +127,8 @@ def check_alike(a, b):
 
 # %% ../nbs/13b_store.ipynb #7317a55f
 _HEAD = 128  # bytes of an .npy header, which is written when the number of rows is known
-_NO_LABEL = "has no label, the number of its class (to classify clips, no store is needed)"
+_NO_LABEL = ("has no label, the number of its class: put clips in a folder for each class, or give "
+             "labels=names.csv (to classify clips, no store is needed)")  # fmt: skip
 
 
 def _accepted(items, skip, strict, left_out):
