@@ -35,7 +35,7 @@ _READERS = {  # kind: (ending, title, reader of (source, name, skeleton))
     "plain": (".npz", "plain .npz recordings", read_plain),
     "npy": (".npy", "arrays of one clip each", read_plain),
 }
-_SIDE = re.compile(r"(kinetics[_-])?(train|test|val)(ing)?", re.IGNORECASE)  # a folder
+_SIDE = re.compile(r"(kinetics[_-])?(train|test|val)(ing|id|idation)?", re.IGNORECASE)  # a folder
 _A_FRAME = re.compile(r"(.*?)[_-]?\d+_keypoints\.json", re.IGNORECASE)  # of OpenPose
 
 
@@ -65,7 +65,7 @@ def _tell_folders(paths):
     sides = [{"kinetics" if side[1] else "official": name.replace(test, "test")}
              if name in ("train", test) else {} for side, name in zip(sides, names)]  # fmt: skip
     last = [next((f for f in path[:0:-1] if not _SIDE.fullmatch(f)), None) for path in paths]
-    known = len({*last}) > 1 and None not in last
+    known = 1 < len({*last}) < len(last) and None not in last  # no folder each
     aside = names.count("val") if test == "test" else 0
     notes = [f"{aside:,} validation clips are on no side"] if aside else []
     return [(side, own if known else None) for side, own in zip(sides, last)], notes
@@ -209,8 +209,11 @@ def _find_kind(files, labels, num_joints):
 
 def _table_of(path, names):
     "What a table of labels says of each clip, and how many it names that aren't here. ClipError."
-    bare = lambda name: re.sub(r"\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", "", name)
+    ending = re.compile(r"(_rgb)?\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", re.IGNORECASE)
+    bare = lambda name: ending.sub("", name)
     table = {bare(name): own for name, own in read_label_table(path).items()}
+    if not table.keys() & {*map(bare, names)}:  # videos/v00.mp4
+        table = {name.rpartition("/")[2]: own for name, own in table.items()}
     found = [table.get(bare(name)) for name in names]
     if not any(found):
         raise ClipError(path, "", f"none of its {len(table):,} names is here: "

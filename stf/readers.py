@@ -74,7 +74,8 @@ class Clip:
         shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
         expect(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
         for m, t, v, _ in np.argwhere(~np.isfinite(self.joints))[:1]:
-            expect(False, "is not a finite number", f"body {m}, frame {t}, joint {v}")
+            place = f"body {m}, frame {t}, joint {v}"
+            expect(False, "is not a finite number (a joint that isn't seen is 0)", place)
         x, self.scored = self.joints, False
         if shape[3] == 3 and self.visible is None and np.abs(x[..., :2]).max() > 20:
             self.scored = bool(x[..., 2].min() >= -0.5 and 0 < x[..., 2].max() <= 2)
@@ -87,6 +88,7 @@ class Clip:
         reason = f"must be {shape[:3]} like the joints, got {w.shape}"
         expect(w.shape == shape[:3], reason, "visible")
         expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
+        self.visible = w = w * seen[..., None]  # nobody is seen where all joints are 0
         expect(seen.any(), "no body in any frame")
         expect(w.any(), "nobody is seen in any frame (tracking states or scores are all 0)")
         if self.label is not None:
@@ -128,19 +130,31 @@ class Clip:
                  "by skeleton=…"] if self.guessed else []  # fmt: skip
         found += ["the third coordinate, 0..1 beside hundreds, is taken as a score: for a depth "
                   "say axes=xyz"] if self.scored else []  # fmt: skip
+        frames, x = self.present.any(0), self.joints
+        if 2 * frames.sum() < len(frames):
+            found.append("nobody is there in most frames: the nearest ones fill them")
+        if len(frames) == 1:
+            found.append("there is one frame only (OpenPose's of a film are put together, which "
+                         "end in …_000000000000_keypoints.json)")  # fmt: skip
+        if C == 3 and x.min() >= 0 and x.max() <= 1:
+            found.append("the third coordinate lies in 0..1, as the others: if it is a score, say "
+                         "axes=xys")  # fmt: skip
         head, feet = ([v for v, j in enumerate(s.joints if s else ()) if re.search(words, j)]
                       for words in ("head|nose|eye", "ankle|foot|heel"))  # fmt: skip
         seen = w[:, :, head].any(2) & w[:, :, feet].any(2)
         if self.tags.get("preprocessed") or not seen.any():
             return found
-        at = [np.average(self.joints[seen][:, v], 1, np.repeat(w[seen][:, v, None], C, 2))
+        at = [np.average(x[seen][:, v], 1, np.repeat(w[seen][:, v, None], C, 2))
               for v in (head, feet)]  # fmt: skip
         up = np.median(at[0] - at[1], 0)
         below = "the head is below the feet: if y points {}, say axes={}"
-        along = "the head is above the feet along z: if that is up, say axes={} (right-handed: {})"
+        along = "the head is above the feet along {}: if that is up, say axes={} (right-handed: {})"
         wrong = {(3, 1, False): below.format("down", "xYz (XYz if x points to the image's right)"),
-                 (3, 2, True): along.format("xzy", "xZy"), (2, 1, True): below.format("up", "xY"),
-                 (3, 2, False): along.format("xzY", "xZY")}  # fmt: skip
+                 (3, 2, True): along.format("z", "xzy", "xZy"),
+                 (3, 2, False): along.format("−z", "xZY", "xzY"),
+                 (3, 0, True): along.format("x", "yxz", "yXz"),
+                 (3, 0, False): along.format("−x", "YXz", "Yxz"),
+                 (2, 1, True): below.format("up", "xY")}  # fmt: skip
         most = int(np.abs(up).argmax())
         return found + [wrong[key] for key in wrong if key == (C, most, bool(up[most] > 0))]
 
@@ -389,7 +403,7 @@ def _load_npz(data, limit=1 << 28):
 
 
 def _array_alone(file, V):
-    "{'joints': …} of an .npy: (T,V,C), (M,T,V,C), (C,T,V,M), (T,M·V·3), or a parser's pickle."
+    "{'joints': …} of an .npy: (T,V,C), (M,T,V,C), (C,T,V[,M]), (T,M·V·3), a parser's pickle."
     header = np.lib.format
     with named("", "can't be read: {}"):
         read = {1: header.read_array_header_1_0, 2: header.read_array_header_2_0}
@@ -409,8 +423,10 @@ def _array_alone(file, V):
         expect(bodies, f"{x.shape}: {x.shape[1]} numbers a frame are no bodies of {V} joints × 3; "
                "name their skeleton=…")  # fmt: skip
         x = x.reshape(len(x), bodies, V, 3).transpose(1, 0, 2, 3)
-    elif x.ndim == 4 and x.shape[3] in (1, 2) and x.shape[3] < x.shape[0] < 4:
-        x = x.transpose(3, 1, 2, 0)  # (C,T,V,M), as ST-GCN and its kin give a network
+    elif x.shape[0] == 3 and (x.ndim == 4 and x.shape[3] < 3 or x.ndim == 3 < x.shape[2]):
+        x = x.T.swapaxes(-3, -2)  # (C,T,V,M) or (C,T,V), as ST-GCN and its kin give a network
+    expect(x.ndim < 4 or len(x) < 10, f"{x.shape}: {len(x)} bodies? An .npy holds one clip, "
+           "(T,V,C) or (M,T,V,C): save each of several to a file of its own")  # fmt: skip
     return {"joints": x}
 
 
