@@ -51,6 +51,8 @@ def _show_store(store, **more):
     refused, skipped = store.refused, store.header["skipped"]
     size = sum(file["bytes"] for file in store.header["files"].values())
     some = lambda items: f" ({', '.join(items[:4])}{', …' if len(items) > 4 else ''})"
+    subjects = {store.about(i)["tags"].get("subject") for i in range(len(store))} - {None}
+    subjects = f", or --test-subjects of {', '.join(map(str, subjects))}" if subjects else ""
     sides = [f"{p}: {a:,} training, {b:,} test" for p, (a, b) in _protocols(store).items()]
     table = {
         "store": store.folder,
@@ -62,7 +64,7 @@ def _show_store(store, **more):
         else "1 a clip",
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
         "protocols": "; ".join(sides)
-        or "none: the clips have no split; train with --folds 5, or --test-subjects",
+        or f"none that has both sides; train with --folds 5{subjects}",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
         "unreadable": f"{len(refused):,}",
         "left out": f"{len(skipped):,} unusable{some(skipped)}" if skipped else "0",
@@ -75,7 +77,7 @@ def _show_store(store, **more):
         if 2 * n >= len(store):
             print(as_typed(f"warning     in {n:,} of {len(store):,} clips {text}"))
     for row in refused.head(20).itertuples(index=False):
-        print("  " + ": ".join(filter(None, row)))
+        print(as_typed("  " + ": ".join(filter(None, row))))
     if len(refused) > 20:
         print(f"  … and {len(refused) - 20:,} more, in {store.folder}/header.json")
 
@@ -190,6 +192,8 @@ def info(
         store = ClipStore(folder)
         _show_store(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
+    elif (folder / "config.json").exists() and not _is_checkpoint(folder):
+        print(f"{what}: a run that has not begun; `stf train {what}` begins it")
     elif folder.exists() and not _is_checkpoint(folder):
         print(open_input(folder, skeleton=named_skeleton(skeleton)).summary)
     else:
@@ -551,6 +555,8 @@ def main():
         stream.reconfigure(errors="replace")  # a class name that the terminal can't show
     try:
         call(sys.argv[1:])
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt as e:
         _fail(str(e) or "stopped", 130)
     except (ValueError, RuntimeError, ArithmeticError, MemoryError, OSError) as e:

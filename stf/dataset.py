@@ -98,7 +98,8 @@ def _groups(store, clips, tag):
     for i in clips:
         tags = {"clip": i, **store._tags(i)}
         if tag not in tags:
-            raise StoreError(f"{store.where(i)}: no tag {tag!r}; it has {', '.join(tags)}")
+            raise StoreError(f"{store.where(i)}: no tag {tag!r}; it has {', '.join(tags)} "
+                             "(a column of labels=names.csv makes one, when clips are prepared)")
         groups.setdefault(str(tags[tag]), []).append(i)
     return groups
 

@@ -131,7 +131,7 @@ _HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # files, and macOS clutter
 _KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays",
           ".pickle": "arrays"}  # fmt: skip
 _CONTENT = {  # what tells where the ending doesn't
-    ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data"',
+    ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data" *: *\[',
               "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:|'
                        rb'"(people|bodies)" *: *\['},
     ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
@@ -317,7 +317,7 @@ def read_label_table(path) -> dict:
     Columns: name (of a clip, or its file), class (words) or label (from 0), split (train, test);
     others are tags. Without a header: name, class, split. ClipError names file and line.
     """
-    with reading(path) as (data, _), named("", "not a table in UTF-8: {}"):
+    with reading(path) as (data, _), named("", "not a table in UTF-8 (save as CSV UTF-8): {}"):
         text = data.decode("utf-8-sig")
         comma = max(",;\t", key=text.partition("\n")[0].count)
         lines = enumerate(csv.reader(io.StringIO(text), delimiter=comma), 1)

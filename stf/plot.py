@@ -47,7 +47,7 @@ def _array(x):
 
 def _project(joints, skeleton, view):
     "(…,C) → (…,2), y up: seen from the front, side, top, or an angle."
-    if skeleton.name in ("openpose18", "coco17"):  # image coordinates
+    if joints.shape[-1] == 2 or skeleton.name == "openpose18":  # image coordinates, and a score
         joints = joints * [1, -1, 1][: joints.shape[-1]]
     if joints.shape[-1] == 2 and view not in ("front", 0):
         raise ValueError(f"view {view!r} needs 3 coordinates; these joints have 2")

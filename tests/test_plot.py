@@ -86,6 +86,10 @@ def test_image_coordinates_are_turned_over_and_scores_do_not_tilt():
     pose = np.zeros((17, 2)) + np.arange(17)[:, None]  # y in pixels, downwards: the nose on top
     (shown,) = points(plot.draw_skeleton(pose, coco))
     assert shown[0, 1] > shown[16, 1]
+    for s, C in ((SKELETONS["body25"], 2), (coco, 3)):  # in 3D y is up, whatever the layout
+        pose = np.zeros((s.num_joints, C)) + np.arange(s.num_joints)[:, None]
+        (shown,) = points(plot.draw_skeleton(pose, s))
+        assert (shown[0, 1] > shown[16, 1]) == (C == 2)
     pose = clip(openpose, M=1, T=1)[0, 0]  # third channel: a score
     assert np.allclose(*(points(plot.draw_skeleton(p, openpose))[0] for p in (pose[:, :2], pose)))
 

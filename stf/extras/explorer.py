@@ -126,7 +126,7 @@ class Explanation:
         clip, p, Q = self.clip, self.prediction, self.prediction.focus
         skeleton, joints = clip.skeleton, clip.joints.astype(float)
         drawn = ((clip.visible > 0) | joints.any(-1)) & clip.present[..., None]
-        flip = -1 if skeleton.name in ("openpose18", "coco17") else 1  # stf.plot draws them so
+        flip = -1 if joints.shape[-1] == 2 else 1  # y points down in images, as in stf.plot
         joints = joints * [1, flip, 1][: joints.shape[-1]]
         centre, wide, high = _window(joints[drawn], elevation)
         ax = figure.add_axes((0.02, 0.47, 0.96, 0.43))
