@@ -51,7 +51,10 @@ def _show_store(store, **more):
     refused, skipped = store.refused, store.header["skipped"]
     size = sum(file["bytes"] for file in store.header["files"].values())
     some = lambda items: f" ({', '.join(items[:4])}{', …' if len(items) > 4 else ''})"
-    subjects = {store.about(i)["tags"].get("subject") for i in range(len(store))} - {None}
+    about = [store.about(i) for i in range(len(store))]
+    subjects = dict.fromkeys(of["tags"]["subject"] for of in about if "subject" in of["tags"])
+    split = any(of["split"] for of in about)
+    why = "no split has both sides" if split else "the clips have no split"
     subjects = f", or --test-subjects of {', '.join(map(str, subjects))}" if subjects else ""
     sides = [f"{p}: {a:,} training, {b:,} test" for p, (a, b) in _protocols(store).items()]
     table = {
@@ -64,7 +67,7 @@ def _show_store(store, **more):
         else "1 a clip",
         "frames": f"{T.min():,} to {T.max():,}, median {np.median(T):,.0f}, {T.sum():,} in all",
         "protocols": "; ".join(sides)
-        or f"none that has both sides; train with --folds 5{subjects}",
+        or f"none: {why}; train with --folds 5{subjects}",
         "disk": f"{size / 1e6:,.1f} MB, {size / len(store):,.0f} bytes a clip",
         "unreadable": f"{len(refused):,}",
         "left out": f"{len(skipped):,} unusable{some(skipped)}" if skipped else "0",
@@ -173,7 +176,7 @@ def info(
     from stf.dataset import ClipStore, open_input
     from stf.train import Config, Run, presets
 
-    folder = Path(what)
+    folder, body = Path(what), named_skeleton(skeleton)
     if verify:
         if not (folder / "header.json").exists():
             raise ConfigError(f"{what}: only a store (with a header.json) has checksums to verify")
@@ -195,7 +198,7 @@ def info(
     elif (folder / "config.json").exists() and not _is_checkpoint(folder):
         print(f"{what}: a run that has not begun; `stf train {what}` begins it")
     elif folder.exists() and not _is_checkpoint(folder):
-        print(open_input(folder, skeleton=named_skeleton(skeleton)).summary)
+        print(open_input(folder, skeleton=body).summary)
     else:
         header = read_header(folder)
         shown = {k: v for k, v in header.items() if k not in ("config", "skeleton", "state")}
