@@ -82,7 +82,7 @@ def _clip_of_file(files, recordings, tells, classes, kind, skeleton, listed, i):
         clip.label, clip.class_name = classes.index(own), own
     return clip
 
-
+# %% ../nbs/11_clips.ipynb #f2000002
 def _own_classes(arrays):
     "Whether NTU names stand beside other labels, one an action: classes of one's own."
     told = {(ntu_words(name)[1], label) for name, label in zip(arrays.names, arrays.labels)}
@@ -113,7 +113,7 @@ def _clip_of_arrays(arrays, skeleton, own, i):
     public = "preprocessed" in tags or joints.shape[2:] == (18, 2)  # keep their time index
     return clip if public else clip.trim()
 
-
+# %% ../nbs/11_clips.ipynb #f2000003
 def _told(read, table, axes, i):
     "Clip i with what a table says of it, in metres with y up, or in an image, of given `axes`."
     clip, own = read(i), dict(table[i] or {})
@@ -157,7 +157,7 @@ def _many_files(files, kind, skeleton, labels):
     about = dict(classes=len(known or classes), lost=len(members) - len(there), notes=notes)
     return names, [files.where[numbers[0]] for numbers, *_ in recordings], read, about
 
-
+# %% ../nbs/11_clips.ipynb #f2000004
 def _refuse_unknown(files):
     "ClipError for files of which none is known: what is there, what one could do, what is known."
     expect(files.names or files.lists, "no recordings found here: there is no file in it (hidden "
@@ -206,7 +206,7 @@ def _find_kind(files, labels, num_joints):
         _refuse_unknown(files)
     return arrays, next(iter(kinds), None)
 
-
+# %% ../nbs/11_clips.ipynb #f2000005
 def _table_of(path, names):
     "What a table of labels says of each clip, and how many it names that aren't here. ClipError."
     ending = re.compile(r"(_rgb)?\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", re.IGNORECASE)

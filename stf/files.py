@@ -310,7 +310,7 @@ class Files:
                     listed[name] = (label, words) if entry.get("has_skeleton", True) else None
         return listed | given if known and given else listed
 
-
+# %% ../nbs/10b_files.ipynb #f2000001
 def read_label_table(path) -> dict:
     """{name: {label, class_name, split, tags}, as far as they are known} of a CSV file.
 

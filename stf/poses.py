@@ -162,12 +162,12 @@ def pose_people(
     several, found = len(contents) > 1, []
     for name, content in contents.items():
         frame = re.findall(r"\d+", name)[-1:] if several else []
-        found += [(name, *p) for p in _people(content, int(frame[0]) if frame else None)]
+        found += _people(content, int(frame[0]) if frame else None)
     expect(found, "no body in any frame, in the form of OpenPose, AlphaPose, COCO, mmpose or "
            "MediaPipe")  # fmt: skip
-    made = [_person(points, more, f"person {i}") for i, (_, _, points, more) in enumerate(found)]
+    made = [_person(points, more, f"person {i}") for i, (_, points, more) in enumerate(found)]
     shape = {rows.shape for rows, _ in made}
     expect(len(shape) == 1, f"people of {' and '.join(str(len(r)) for r in shape)} points")
-    frame = [int((re.findall(r"\d+", str(t)) or [0])[-1]) for _, t, _, _ in found]
+    frame = [int((re.findall(r"\d+", str(t)) or [0])[-1]) for t, _, _ in found]
     frame = np.array([min(t - min(frame), MAX_FRAMES) for t in frame])
     return (frame, *map(np.stack, zip(*made)), int(frame.max()) + 1)

@@ -109,6 +109,8 @@ class _Shown(NamedTuple):
 def _without_gaps(clip):
     "The clip from the first to the last frame with a joint seen, gaps filled; (T,) its frames."
     seen = np.flatnonzero((clip.visible > 0).any((0, 2)))
+    if not len(seen):  # a clip of a store that was built before these were refused
+        return clip, np.arange(clip.joints.shape[1])
     t = np.arange(seen[0], seen[-1] + 1)
     t = seen[np.searchsorted((seen[1:] + seen[:-1]) / 2, t)]  # the nearest that has one
     if np.array_equal(t, np.arange(clip.joints.shape[1])):

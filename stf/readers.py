@@ -26,7 +26,7 @@ from .poses import (MAX_BODIES, MAX_CELLS, MAX_FRAMES, POSE_LAYOUTS, check_numbe
 from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/10e_readers.ipynb #766fa827
-def _known_layout(num_joints, coordinates=3):
+def _known_layout(num_joints, coordinates):
     "The known skeleton that so many joints are taken for, or None."
     named = {20: "kinect20", 25: "ntu25"} if coordinates == 3 else {20: "kinect20"}
     return SKELETONS.get(named.get(num_joints) or POSE_LAYOUTS.get(num_joints))
@@ -111,7 +111,7 @@ class Clip:
     @property
     def present(self) -> np.ndarray:
         "(M,T) bool: whether a body is there in a frame."
-        return self.visible.any(axis=2) | self.joints.any(axis=(2, 3))
+        return self.joints.any(axis=(2, 3))
 
     def trim(self):
         "Leave out the frames before and after all bodies; tags['empty'] says how many. The clip."
