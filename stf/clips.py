@@ -18,7 +18,7 @@ from reprlib import repr as short
 import numpy as np
 
 from .arrays import open_arrays
-from .files import ClipError, Clips, Files, expect, load_json, named, read_label_table, reading
+from .files import ClipError, Clips, Files, expect, load_json, named, read_labels, reading
 from .poses import MAX_IMAGE, WAY, as_scores
 from .readers import (MAX_METRES, NTU_CLASSES, Clip, as_float32, class_names,  # noqa: F401
                          name_tags, ntu_missing_skeletons, ntu_words, read_kinetics, read_ntu,
@@ -71,12 +71,11 @@ def _tell_folders(paths):
     return [(side, own if known else None) for side, own in zip(sides, last)], notes
 
 
-def _clip_of_file(files, recordings, tells, classes, kind, skeleton, listed, i):
+def _clip_of_file(files, recordings, tells, classes, kind, skeleton, i):
     "Clip i of files that hold one recording each."
     (numbers, name, _), (split, own) = recordings[i], tells[i]
     at = [files.open(k) for k in numbers]
-    more = {} if kind != "kinetics" else {"listed": listed.get(files.stems[numbers[0]])}
-    clip = _READERS[kind][2](at if len(at) > 1 else at[0], name, skeleton, **more)
+    clip = _READERS[kind][2](at if len(at) > 1 else at[0], name, skeleton)
     clip.split = clip.split or split
     if own and clip.label is None:
         clip.label, clip.class_name = classes.index(own), own
@@ -114,14 +113,20 @@ def _clip_of_arrays(arrays, skeleton, own, i):
     return clip if public else clip.trim()
 
 # %% ../nbs/11_clips.ipynb #f2000003
-def _told(read, table, axes, i):
-    "Clip i with what a table says of it, in metres with y up, or in an image, of given `axes`."
-    clip, own = read(i), dict(table[i] or {})
-    clip.tags, clip.split = clip.tags | own.pop("tags", {}), clip.split | own.pop("split", {})
-    for key, value in own.items():
-        setattr(clip, key, value)
-    if not axes:
-        return clip
+def _told(read, rows, k):
+    "Clip k with what its row of a table or list of labels says of it."
+    i, (label, words, *more) = rows[k]
+    clip, (split, tags) = read(i), more or ({}, {})
+    agree = more or clip.label in (None, label)
+    expect(agree, f"is {clip.label}, but {label} in the label list", "label_index")
+    clip.label, clip.class_name = clip.label if label is None else label, words or clip.class_name
+    clip.split, clip.tags = clip.split | split, clip.tags | tags
+    return clip
+
+
+def _turned(read, axes, i):
+    "Clip i in metres with y up, or in an image, where its coordinates are `axes`."
+    clip = read(i)
     x, seen = clip.joints, clip.visible
     if clip.scored:
         x, seen = np.concatenate([x, seen[..., None]], 3), None
@@ -134,28 +139,22 @@ def _told(read, table, axes, i):
     made.guessed = clip.guessed
     return made
 
+
 # %% ../nbs/11_clips.ipynb #8b776680
-def _many_files(files, kind, skeleton, labels):
-    "(names, where, read, what the summary says) of files that hold one recording each."
+def _many_files(files, kind, skeleton, errors):
+    "The Clips of files that hold one recording each."
     ending, title, _ = _READERS[kind]
-    needed = f"a JSON list of labels is for Kinetics; for {title} give a table: labels=names.csv"
-    expect(labels is None or kind == "kinetics", needed)
     members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
     expect(members, f"no {ending} file here")
-    listed, stems = files.label_list(labels) if kind == "kinetics" else {}, files.stems
-    if listed and not {*listed} & {stems[i] for i in members}:
-        expect(False, f"none of the {len(listed):,} names of the label list is here: "
-               f"{next(iter(listed))!r}, but there is {stems[members[0]]!r}")  # fmt: skip
-    there = [i for i in members if listed.get(stems[i], ()) is not None]
-    expect(there, "the label list says that none of these files has a skeleton")
-    recordings = _recordings(files, there, kind)
+    recordings = _recordings(files, members, kind)
     tells, notes = _tell_folders([folders for *_, folders in recordings])
     names, classes = [name for _, name, _ in recordings], sorted({own for _, own in tells} - {None})
-    known = {tags["action"] for tags in map(name_tags, names) if tags}
-    known |= {listed[stems[i]][0] for i in there if listed.get(stems[i])}
-    read = partial(_clip_of_file, files, recordings, tells, classes, kind, skeleton, listed)
-    about = dict(classes=len(known or classes), lost=len(members) - len(there), notes=notes)
-    return names, [files.where[numbers[0]] for numbers, *_ in recordings], read, about
+    actions = {tags["action"] for tags in map(name_tags, names) if tags}
+    read = partial(_clip_of_file, files, recordings, tells, classes, kind, skeleton)
+    where = [files.where[numbers[0]] for numbers, *_ in recordings]
+    return Clips(files.path, title, names, read, where, errors, classes=len(actions or classes),
+                 notes=notes)
+
 
 # %% ../nbs/11_clips.ipynb #f2000004
 def _refuse_unknown(files):
@@ -207,18 +206,24 @@ def _find_kind(files, labels, num_joints):
     return arrays, next(iter(kinds), None)
 
 # %% ../nbs/11_clips.ipynb #f2000005
-def _table_of(path, names):
-    "What a table of labels says of each clip, and how many it names that aren't here. ClipError."
+def _rows_of(table, names):
+    "[(i, its row)] of the clips that have a skeleton, and what to tell. ClipError: none is listed."
     ending = re.compile(r"(_rgb)?\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", re.IGNORECASE)
     bare = lambda name: ending.sub("", name)
-    table = {bare(name): own for name, own in read_label_table(path).items()}
-    if not table.keys() & {*map(bare, names)}:  # videos/v00.mp4
-        table = {name.rpartition("/")[2]: own for name, own in table.items()}
-    found = [table.get(bare(name)) for name in names]
-    if not any(found):
-        raise ClipError(path, "", f"none of its {len(table):,} names is here: "
-                        f"{short(next(iter(table), ''))}, but there is {names[0]!r}")  # fmt: skip
-    return found, len(table.keys() - {*map(bare, names)})
+    if not {*map(bare, table)} & {*map(bare, names)}:
+        bare = lambda name: ending.sub("", name).rpartition("/")[2]  # videos/v00.mp4
+    table, keys = {bare(name): row for name, row in table.items()}, [*map(bare, names)]
+    twice = next((key for key, n in Counter(keys).items() if n > 1 and key in table), None)
+    expect(not twice, f"{twice!r} is several files here: name them with their folders")
+    absent = len({*table} - {*keys})
+    expect(absent < len(table), f"none of its {absent:,} names is here: "
+           f"{short(next(iter(table)))}, but there is {names[0]!r}")  # fmt: skip
+    none = None, None, {}, {}
+    rows = [(i, row) for i, key in enumerate(keys) if (row := table.get(key, none))]
+    expect(rows, "it says that none of these clips has a skeleton")
+    missing = sum(row is none for _, row in rows)
+    notes = [f"{missing:,} not in the labels"] * bool(missing)
+    return rows, notes + [f"{absent:,} more in the labels alone"] * bool(absent)
 
 
 def open_clips(
@@ -233,7 +238,7 @@ def open_clips(
 
     `.summary` says what it was taken for. Hidden files are left out. With a Kinetics label list,
     files listed as having no skeleton are left out too. A table has columns name, class or label,
-    split and tags, as `read_label_table` says. In `axes` a capital letter is a coordinate that
+    split and tags, as `read_labels` says. In `axes` a capital letter is a coordinate that
     points the other way, and a last s is a score. ClipError when nothing known is there, with a
     list of what is known.
     """
@@ -243,33 +248,38 @@ def open_clips(
         raise ValueError(f"skeleton must be a Skeleton, such as SKELETONS['ntu25']: {skeleton!r}")
     if axes and sorted(axes.lower()) not in map(sorted, ("xy", "xyz", "xys", "xyzs")):
         raise ClipError(path, "", f"axes={axes} must be x, y (and z) in some order, then s or not")
-    path, table = Path(path).expanduser(), str(labels).lower().endswith((".csv", ".tsv", ".txt"))
+    pickled = str(labels).lower().endswith((".pkl", ".pickle"))
     if isinstance(labels, (str, os.PathLike)) and not os.path.isfile(labels):
         raise ClipError(labels, "", "no such file of labels")
+    path = Path(path).expanduser()
     with named(path, "{}"):
         stored = [os.path.isfile(path / name) for name in ("header.json", "rows.npy", "joints.npy")]
         store = stored[0] and any(stored[1:])
         expect(not store, "a prepared store: open it with stf.dataset.ClipStore")
         expect(kind in (None, *_READERS), f"unknown kind {kind!r}; known are {', '.join(_READERS)}")
-        files, arrays, listed = Files(path), None, None if table else labels
+        files, arrays = Files(path), None
         if kind is None:
-            arrays, kind = _find_kind(files, listed, skeleton.num_joints if skeleton else 25)
-        if arrays is None:
-            title, (names, where, read, about) = _READERS[kind][1], _many_files(files, kind,
-                                                                                skeleton, listed)
-        else:
-            title, names, about = arrays.title, arrays.names, arrays.about
-            used = listed is None or "ST-GCN" in title
-            expect(used, f"a list of labels is for .npy files; for {title} give a table, "
-                   "labels=names.csv")  # fmt: skip
-            where = getattr(arrays, "where", [f"{path}/{name}" for name in names])
+            V = skeleton.num_joints if skeleton else 25
+            arrays, kind = _find_kind(files, labels if pickled else None, V)
+        if arrays:
+            where = getattr(arrays, "where", [f"{path}/{name}" for name in arrays.names])
             read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
-    told, absent = _table_of(labels, names) if table else ([None] * len(names), 0)
-    about = about | {"unread": files.unread}
+            clips = Clips(path, arrays.title, arrays.names, read, where, errors, **arrays.about)
+        else:
+            clips = _many_files(files, kind, skeleton, errors)
+        table = files.label_list() if kind == "kinetics" else {}
+    clips.about["unread"] = files.unread
+    if given := labels is not None and not (pickled and "ST-GCN" in clips.title):
+        table |= labels if isinstance(labels, dict) else read_labels(labels)
     if table:
-        missing, classes = told.count(None), {own.get("label") for own in told if own}
-        notes = [f"{missing:,} not in {Path(labels).name}"] if missing else []
-        notes += [f"{absent:,} more in {Path(labels).name} alone"] if absent else []
-        about |= {"classes": len(classes), "notes": about.get("notes", []) + notes}
-    read = partial(_told, read, told, axes) if table or axes else read
-    return Clips(path, title, names, read, where, errors, **about)
+        with named(labels if given else path):
+            rows, notes = _rows_of(table, clips.names)
+        clips.about["classes"] = len({label for _, (label, *_) in rows} - {None})
+        clips.about["lost"] += len(clips) - len(rows)
+        clips.about["notes"] = clips.about["notes"] + notes * given
+        clips.names, clips.places = ([of[i] for i, _ in rows] for of in (clips.names, clips.places))
+        clips.read = partial(_told, clips.read, rows)
+    if axes:
+        clips.read = partial(_turned, clips.read, axes)
+    return clips
+

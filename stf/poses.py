@@ -72,18 +72,16 @@ def kinetics_people(content, V):
     expect(isinstance(entries, list), "no list 'data' in this file")
     frame, pose, score, seen = [], [], [], set()
     for i, entry in enumerate(entries):
-        check = lambda condition, reason: expect(condition, reason, f"data[{i}]")
-        people = entry.get("skeleton") if isinstance(entry, dict) else None
-        check(isinstance(people, list), "no list 'skeleton'")
-        t = whole_number(entry.get("frame_index"), f"data[{i}]: frame_index")
-        check(t not in seen, f"frame_index {t} is there twice")
+        place, people = f"data[{i}]", entry.get("skeleton") if isinstance(entry, dict) else None
+        expect(isinstance(people, list), "no list 'skeleton'", place)
+        t = whole_number(entry.get("frame_index"), f"{place}: frame_index")
+        expect(t not in seen, f"frame_index {t} is there twice", place)
         seen.add(t)
         for person in people:
-            check(isinstance(person, dict), "a person must have 'pose' and 'score'")
             for key, size, found in (("pose", 2 * V, pose), ("score", V, score)):
-                values = person.get(key)
-                whole = type(values) is list and len(values) == size
-                check(whole, f"{key!r} must be a list of {size} numbers")
+                values = person.get(key) if isinstance(person, dict) else None
+                whole = isinstance(values, list) and len(values) == size
+                expect(whole, f"a person must have {key!r}, a list of {size} numbers", place)
                 found += values
             frame.append(t)
     expect(frame, "no body in any frame")

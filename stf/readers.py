@@ -340,7 +340,6 @@ def read_kinetics(
     name: str | None = None,  # of the clip; None: the file's (the YouTube ID)
     skeleton: Skeleton | None = None,  # None: openpose18
     max_people: int = 5,  # kept of each frame, best score first
-    listed=None,  # (label, words) of the label list
 ) -> Clip:
     """Read a Kinetics-Skeleton JSON file: joints (M,T,18,2) in parts of the image, visible = score.
 
@@ -356,10 +355,6 @@ def read_kinetics(
         known = label not in ("", -1, None)  # one's own films have none
         label = whole_number(label, "label_index") if known else None
         expect(words is None or isinstance(words, str), "must be text", "label")
-        if listed:
-            same = label in (None, listed[0])
-            expect(same, f"is {label}, but {listed[0]} in the label list", "label_index")
-            label, words = listed
         return Clip(joints, visible, name, label, skeleton, words)
 
 # %% ../nbs/10e_readers.ipynb #c11p0001

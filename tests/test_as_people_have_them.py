@@ -234,21 +234,34 @@ def test_validation_folders_beside_test_are_told(person, tmp_path):
     assert "1 validation clip" in open_clips(tmp_path).summary
 
 
-@pytest.mark.parametrize("form, labels, told", [
-    (ntu, "nofile.json", "nofile.json: no such file of labels"),
-    (ntu, "list.json", "a JSON list of labels is for Kinetics"),
-    (pyskl, "list.json", "a list of labels is for .npy files"),
-    (plain, "names.csv", "none of its 1 names is here: 'z', but there is 'own'"),
-    (kinetics, "list.json", "none of the 1 names of the label list is here: 'own.mp4', but"),
-])  # fmt: skip
-def test_a_file_of_labels_is_used_or_refused(form, labels, told, person, stf):
+@pytest.mark.parametrize("form", [ntu, pyskl, plain, kinetics])
+def test_a_file_of_labels_is_used_or_refused(form, person, stf):
     """It was ignored where it didn't exist, didn't fit the kind, or named other clips."""
     written("in", form, person)
-    Path("list.json").write_text('{"own.mp4": {"label": "walk", "label_index": 0}}')
-    Path("names.csv").write_text("name,class\nz.npz,walk\n")
+    Path("other.json").write_text('{"z.mp4": {"label": "walk", "label_index": 0}}')
+    Path("other.csv").write_text("name,class\nz.npz,walk\n")
+    Path("empty.csv").write_text("name,class\n")
     for command in ("prepare in store", "predict in"):
-        code, _, err = stf(f"{command} --labels {labels}")
-        assert code == 2 and told in err
+        for labels, told in (("no.json", "no such file of labels"), ("empty.csv", "names no clip"),
+                             ("other.json", "none of its 1 names is here: 'z', but there is 'own'"),
+                             ("other.csv", "none of its 1 names is here: 'z', but")):  # fmt: skip
+            code, _, err = stf(f"{command} --labels {labels}")
+            assert code == 2 and f"{labels}: {told}" in err
+    Path("list.json").write_text('{"own.mp4": {"label": "walk", "label_index": 0}}')
+    assert "(walk)" in stf("prepare in store --labels list.json")[1]
+
+
+def test_a_table_of_names_that_several_files_have(person, tmp_path):
+    """run/01 and walk/01 would both get the row of 01."""
+    for folder in ("run", "walk"):
+        written(tmp_path / "in" / folder, plain, {"01": person})
+    for name, told in (("01", "'01' is several files here"), ("run/01", None)):
+        (tmp_path / "names.csv").write_text(f"name,class\n{name},jump\n")
+        if told:
+            with pytest.raises(ClipError, match=told):
+                open_clips(tmp_path / "in", labels=tmp_path / "names.csv")
+    clips = open_clips(tmp_path / "in", labels=tmp_path / "names.csv")
+    assert [clip.class_name for clip in clips] == ["jump", None]
 
 
 def test_options_of_recordings_are_refused_for_a_store(person, stf):
