@@ -48,9 +48,9 @@ def _recordings(files, members, kind):
     alone, found = Counter(map(folder, groups)), []
     for path, numbers in groups.items():
         own = len(numbers) > 1 and alone[folder(path)] == 1 and folder(path)  # it has a folder
-        path = own or path
-        name = path.rpartition("/")[2] if len(numbers) > 1 else files.stems[numbers[0]]
-        found.append((numbers, name or files.name, [files.name, *path.split("/")[:-1]]))
+        *folders, name = (own or path).split("/")
+        name = name if len(numbers) > 1 else os.path.splitext(name)[0]
+        found.append((numbers, name or files.name, [files.name, *folders]))
     names = [name for _, name, _ in found]
     if len({*names}) < len(names) and not ntu_words(names[0])[0]:  # run/01.npz and walk/01.npz
         found = [(at, "/".join([*folders[1:], name]), folders) for at, name, folders in found]

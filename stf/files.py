@@ -142,9 +142,8 @@ _binary = lambda path: open(path, "rb")
 class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
-    `names`, sorted; `stems` without folders and ending; `where` what messages call each; `unread`:
-    archives beside loose recordings, and what can't be had. open(i) gives a file's bytes. ClipError
-    if one can't be read.
+    `names`, sorted; `where` what messages call each; `unread`: archives beside loose recordings, and
+    what can't be had. open(i) gives a file's bytes. ClipError if one can't be read.
     """
 
     def __init__(self, path):
@@ -158,7 +157,6 @@ class Files:
         self.lists = [entry for entry in found if _LABEL_LIST.fullmatch(entry[0])]
         self.entries = [entry for entry in found if not _LABEL_LIST.fullmatch(entry[0])]
         self.names, self.where = ([_as_text(e[k]) for e in self.entries] for k in (0, 1))
-        self.stems = [*map(_stem, self.names)]
 
     def _walk(self):
         "[(name, where, file, None)] of a folder, of its archives' members if it has only these."
