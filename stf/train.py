@@ -511,9 +511,9 @@ def run(config: Config, store=None, progress: bool = True) -> Run:
         a.wait_for_everyone()
         if (folder / "run.json").exists():  # another process has finished it meanwhile
             return Run.load(folder)
+        t, where = Training(c, store, a).load(), environment(a.device)
         if a.is_main_process:
             write_file(folder / "config.json", c.to_json().encode())
-        t, where = Training(c, store, a).load(), environment(a.device)
         t.header |= {"data": data, "commit": where["commit"]}
         s, n = t.state, a.num_processes
         changed |= {"processes": (s["processes"], n)} if s["processes"] != n else {}

@@ -559,3 +559,11 @@ def test_classes_and_sides_without_python(form, person, stf):
         words = "--protocol official --epochs 1 --length 8 --widths 6 6 6 --batch-size 2"
         code, out, err = stf(f"train synthetic --data store --folder run {words}")
         assert code == 0 and "of 2 test clips after epoch 1" in out, err
+
+
+def test_a_refused_training_leaves_no_configuration(person, stf):
+    """The folder of a training that never began was taken for a run."""
+    clips = [Clip(person, label=i, name=str(i)) for i in (0, 1)]
+    ClipStore.build(clips, "store", progress=False)
+    assert stf("train synthetic --data store --protocol xsub --folder run")[0] == 2
+    assert not Path("run/config.json").exists()
