@@ -142,8 +142,8 @@ _binary = lambda path: open(path, "rb")
 class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
-    `names`, sorted; `where` what messages call each; `unread`: archives beside loose recordings, and
-    what can't be had. open(i) gives a file's bytes. ClipError if one can't be read.
+    `names`, sorted; `where` what messages call each; `unread`: archives beside loose recordings,
+    and what can't be had. open(i) gives a file's bytes. ClipError if one can't be read.
     """
 
     def __init__(self, path):
