@@ -10,10 +10,7 @@ __all__ = ['NTU_CLASSES', 'MAX_METRES', 'as_float32', 'Clip', 'class_names', 'nt
 import io
 import json
 import re
-import zipfile
-from collections import Counter
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from importlib.resources import files as package_files
 from reprlib import repr as short
 
@@ -26,19 +23,12 @@ from .poses import (MAX_BODIES, MAX_CELLS, MAX_FRAMES, POSE_LAYOUTS, check_numbe
 from .skeleton import SKELETONS, Skeleton
 
 # %% ../nbs/10e_readers.ipynb #766fa827
-def _known_layout(num_joints, coordinates):
-    "The known skeleton that so many joints are taken for, or None."
-    named = {20: "kinect20", 25: "ntu25"} if coordinates == 3 else {20: "kinect20"}
-    return SKELETONS.get(named.get(num_joints) or POSE_LAYOUTS.get(num_joints))
-
-
 def as_float32(array, place):
     "An array as float32; ClipError if it holds no numbers."
-    with named("", "must be numbers in a rectangular array ({})"):
+    with named("", "must be numbers in a rectangular array ({})"), np.errstate(all="ignore"):
         array = np.asarray(array)
-    expect(array.dtype.kind in "fiub", "must be numbers in a rectangular array", place)
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused as infinite
-        return np.require(array, np.float32, "CW")
+        expect(array.dtype.kind in "fiub", "must be numbers in a rectangular array", place)
+        return np.require(array, np.float32, "CW")  # what overflows is refused as infinite
 
 
 @dataclass(repr=False, eq=False)
@@ -62,51 +52,44 @@ class Clip:
 
     def __post_init__(self):
         with named(self.name):
-            self._check()
-
-    def _check(self):
-        kinds = {"name": str, "tags": dict, "split": dict, "skeleton": Skeleton, "class_name": str}
-        for key, kind in kinds.items():
-            value = getattr(self, key)
-            good = isinstance(value, kind) or (value is None and key in ("skeleton", "class_name"))
-            expect(good, f"must be a {kind.__name__}, not {short(value)}", key)
-        self.joints = as_float32(self.joints, "joints")
-        shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
-        expect(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
-        for m, t, v, _ in np.argwhere(~np.isfinite(self.joints))[:1]:
-            place = f"body {m}, frame {t}, joint {v}"
-            expect(False, "is not a finite number (a joint that isn't seen is 0)", place)
-        x, self.scored = self.joints, False
-        if shape[3] == 3 and self.visible is None and np.abs(x[..., :2]).max() > 20:
-            self.scored = bool(x[..., 2].min() >= -0.5 and 0 < x[..., 2].max() <= 2)
-        if self.scored:
-            self.joints, self.visible = x[..., :2].copy(), np.clip(x[..., 2], 0, 1)
-        M, T, V, C = self.joints.shape
-        seen = self.joints.any((2, 3))
-        w = np.repeat(seen[:, :, None], V, 2) if self.visible is None else self.visible
-        self.visible = w = as_float32(w, "visible")
-        reason = f"must be {shape[:3]} like the joints, got {w.shape}"
-        expect(w.shape == shape[:3], reason, "visible")
-        expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
-        self.visible = w = w * seen[..., None]  # nobody is seen where all joints are 0
-        expect(seen.any(), "no body in any frame")
-        expect(w.any(), "nobody is seen in any frame (tracking states or scores are all 0)")
-        if self.label is not None:
+            kinds = dict(name=str, tags=dict, split=dict, skeleton=Skeleton, class_name=str)
+            for key, kind in kinds.items():
+                value, optional = getattr(self, key), key in ("skeleton", "class_name")
+                good = isinstance(value, kind) or optional and value is None
+                expect(good, f"must be a {kind.__name__}, not {short(value)}", key)
+            self.joints = as_float32(self.joints, "joints")
+            shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
+            expect(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
+            for m, t, v, _ in np.argwhere(~np.isfinite(self.joints))[:1]:
+                place = f"body {m}, frame {t}, joint {v}"
+                expect(False, "is not a finite number (a joint that isn't seen is 0)", place)
+            xy, third = self.joints[..., :2], self.joints[..., -1]
+            flat = shape[3] == 3 and self.visible is None and np.abs(xy).max() > 20
+            self.scored = bool(flat and third.min() >= -0.5 and 0 < third.max() <= 2)
+            if self.scored:
+                self.joints, self.visible = xy.copy(), np.clip(third, 0, 1)
+            M, T, V, C = self.joints.shape
+            w = as_float32(np.ones((M, T, V)) if self.visible is None else self.visible, "visible")
+            expect(w.shape == (M, T, V), f"is {w.shape}, not {M, T, V} like the joints", "visible")
+            expect(w.min() >= 0 and w.max() <= 1, "must lie in 0..1", "visible")
+            self.visible = w = w * self.present[..., None]  # nobody is seen where all joints are 0
+            expect(self.joints.any(), "no body in any frame")
+            expect(w.any(), "nobody is seen in any frame (tracking states or scores are all 0)")
             whole = isinstance(self.label, (int, np.integer)) and not isinstance(self.label, bool)
-            whole = whole and 0 <= self.label < 1 << 31
+            whole = self.label is None or whole and 0 <= self.label < 1 << 31
             expect(whole, f"must be an integer from 0 or None, got {short(self.label)}", "label")
-            self.label = int(self.label)
-        for protocol, side in self.split.items():
-            good = side in ("train", "test")
-            expect(good, f"{protocol!r} must be 'train' or 'test', not {short(side)}", "split")
-        known = _known_layout(V, C)
-        self.guessed = self.skeleton is None and known is not None and "setup" not in self.tags
-        self.skeleton = s = self.skeleton or known
-        fits = s is None or s.num_joints == V
-        expect(fits, fits or f"the clip has {V} joints, {s.name!r} {s.num_joints}", "skeleton")
-        ranks = np.asarray(self.tags.get("listed", range(M)))
-        fits = ranks.ndim == 1 and sorted(ranks.tolist()) == [*range(M)]
-        expect(fits, f"must be the ranks of {M} bodies, got {ranks.tolist()}", "tags: listed")
+            self.label = None if self.label is None else int(self.label)
+            for protocol, side in self.split.items():
+                good = side in ("train", "test")
+                expect(good, f"{protocol!r} must be 'train' or 'test', not {short(side)}", "split")
+            known = "ntu25" if (V, C) == (25, 3) else {**POSE_LAYOUTS, 20: "kinect20"}.get(V)
+            self.guessed = self.skeleton is None and known is not None and "setup" not in self.tags
+            self.skeleton = s = self.skeleton or SKELETONS.get(known)
+            fits = s is None or s.num_joints == V
+            expect(fits, fits or f"the clip has {V} joints, {s.name!r} {s.num_joints}", "skeleton")
+            ranks = np.asarray(self.tags.get("listed", range(M)))
+            fits = ranks.ndim == 1 and sorted(ranks.tolist()) == [*range(M)]
+            expect(fits, f"must be the ranks of {M} bodies, got {ranks.tolist()}", "tags: listed")
 
     @property
     def present(self) -> np.ndarray:
@@ -115,54 +98,46 @@ class Clip:
 
     def trim(self):
         "Leave out the frames before and after all bodies; tags['empty'] says how many. The clip."
-        there = np.flatnonzero(self.present.any(0))
-        empty = [int(there[0]), self.joints.shape[1] - int(there[-1]) - 1]
-        if any(empty):
-            self.joints, self.visible = (np.ascontiguousarray(a[:, there[0] : there[-1] + 1])
-                                         for a in (self.joints, self.visible))  # fmt: skip
+        first, last = np.flatnonzero(self.present.any(0))[[0, -1]].tolist()
+        if any(empty := [first, self.joints.shape[1] - 1 - last]):
+            kept = np.s_[:, first : last + 1]
+            self.joints, self.visible = self.joints[kept].copy(), self.visible[kept].copy()
             self.tags = {**self.tags, "empty": empty}
         return self
 
     def doubts(self) -> list:
         "What may be wrong with the coordinates and the layout, and the option that says it."
-        s, C, w = self.skeleton, self.joints.shape[3], self.visible > 0
-        found = [f"the layout is taken as {s.name}, as it has {s.num_joints} joints: name another "
-                 "by skeleton=…"] if self.guessed else []  # fmt: skip
-        found += ["the third coordinate, 0..1 beside hundreds, is taken as a score: for a depth "
-                  "say axes=xyz"] if self.scored else []  # fmt: skip
-        frames, x = self.present.any(0), self.joints
-        if 2 * frames.sum() < len(frames):
-            found.append("nobody is there in most frames: the nearest ones fill them")
-        if len(frames) == 1:
-            found.append("there is one frame only (OpenPose's of a film are put together, which "
-                         "end in …_000000000000_keypoints.json)")  # fmt: skip
-        if C == 3 and x.min() >= 0 and x.max() <= 1:
-            found.append("the third coordinate lies in 0..1, as the others: if it is a score, say "
-                         "axes=xys")  # fmt: skip
+        s, x, there = self.skeleton, self.joints, self.present.any(0)
+        w, C = self.visible > 0, x.shape[3]
+        found = [
+            self.guessed and f"the layout is taken as {s.name}, as it has {s.num_joints} joints: "
+            "name another by skeleton=…",
+            self.scored and "the third coordinate, 0..1 beside hundreds, is taken as a score: for "
+            "a depth say axes=xyz",
+            there.mean() < 0.5 and "nobody is there in most frames: the nearest ones fill them",
+            len(there) == 1 and "there is one frame only (OpenPose's of a film are put together, "
+            "which end in …_000000000000_keypoints.json)",
+            C == 3 and x.min() >= 0 and x.max() <= 1 and "the third coordinate lies in 0..1, as "
+            "the others: if it is a score, say axes=xys"]  # fmt: skip
         head, feet = ([v for v, j in enumerate(s.joints if s else ()) if re.search(words, j)]
                       for words in ("head|nose|eye", "ankle|foot|heel"))  # fmt: skip
         seen = w[:, :, head].any(2) & w[:, :, feet].any(2)
-        if self.tags.get("preprocessed") or not seen.any():
-            return found
-        at = [np.average(x[seen][:, v], 1, np.repeat(w[seen][:, v, None], C, 2))
-              for v in (head, feet)]  # fmt: skip
-        up = np.median(at[0] - at[1], 0)
-        below = "the head is below the feet: if y points {}, say axes={}"
-        along = "the head is above the feet along {}: if that is up, say axes={} (right-handed: {})"
-        wrong = {(3, 1, False): below.format("down", "xYz (XYz if x points to the image's right)"),
-                 (3, 2, True): along.format("z", "xzy", "xZy"),
-                 (3, 2, False): along.format("−z", "xZY", "xzY"),
-                 (3, 0, True): along.format("x", "yxz", "yXz"),
-                 (3, 0, False): along.format("−x", "YXz", "Yxz"),
-                 (2, 1, True): below.format("up", "xY")}  # fmt: skip
-        most = int(np.abs(up).argmax())
-        return found + [wrong[key] for key in wrong if key == (C, most, bool(up[most] > 0))]
+        if seen.any() and not self.tags.get("preprocessed"):
+            x = np.where(w[..., None], x, np.nan)[seen]
+            up = np.median(np.nanmean(x[:, head], 1) - np.nanmean(x[:, feet], 1), 0)
+            most = int(np.abs(up).argmax())
+            way = f"{C} {'' if up[most] > 0 else '−'}{'xyz?'[most]}"
+            option = {"2 y": "xY", "3 −y": "xYz (XYz if x points to the image's right)",
+                      "3 z": "xzy (right-handed: xZy)", "3 −z": "xZY (right-handed: xzY)",
+                      "3 x": "yxz (right-handed: yXz)", "3 −x": "YXz (right-handed: Yxz)"}.get(way)
+            found.append(option and f"the head is above the feet along {way[2:]}: if that is up, "
+                         f"say axes={option}")  # fmt: skip
+        return [doubt for doubt in found if doubt]
 
     def __repr__(self):
         M, T, V, C = self.joints.shape
-        words = f" {self.class_name!r}" if self.class_name else ""
-        return (f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, "
-                f"label {self.label}{words})")
+        label = f"label {self.label}" + (f" {self.class_name!r}" if self.class_name else "")
+        return f"Clip({self.name!r}: {M} bodies, {T} frames, {V} joints, {C} coordinates, {label})"
 
 # %% ../nbs/10e_readers.ipynb #a4fe7c86
 def _package_lines(name):
@@ -173,11 +148,9 @@ def class_names(
     dataset: str,  # "ntu60", "ntu120", "nw-ucla" or "kinetics400"
 ) -> list:  # of str; label i is called names[i]
     "The class names of a public data set. ValueError if it is not known."
-    known = {"ntu60": "ntu120", **{name: name for name in ("ntu120", "nw-ucla", "kinetics400")}}
-    if dataset not in known:
-        raise ValueError(f"no class names for {dataset!r}, but {', '.join(known)}")
-    names = _package_lines(f"{known[dataset]}_classes.txt")
-    return names[:60] if dataset == "ntu60" else names
+    known = {"ntu60": 60, "ntu120": 120, "nw-ucla": 10, "kinetics400": 400}
+    expect(dataset in known, f"no class names for {dataset!r}, but {', '.join(known)}")
+    return _package_lines(f"{dataset.replace('ntu60', 'ntu120')}_classes.txt")[: known[dataset]]
 
 
 def ntu_missing_skeletons() -> frozenset:
@@ -190,7 +163,7 @@ def name_tags(name: str) -> dict:
     ntu = r"S(?P<setup>\d{3})C(?P<camera>\d{3})P(?P<subject>\d{3})R(?P<replication>\d{3})"
     ntu = rf"(?:.*[/\\])?{ntu}A(?P<action>(?!000)\d{{3}})(?:\..*)?"
     ucla = r"(?:.*/)?a(?P<action>\d+)_s(?P<subject>\d+)_e(?P<take>\d+)_v(?P<view>\d+)"
-    found = re.fullmatch(f"{ntu}", str(name)) or re.fullmatch(ucla, str(name))
+    found = re.fullmatch(ntu, str(name)) or re.fullmatch(ucla, str(name))
     return {key: int(value) for key, value in found.groupdict().items()} if found else {}
 
 
@@ -206,60 +179,55 @@ def ntu_words(name):
 
 # %% ../nbs/10e_readers.ipynb #7de516c2
 MAX_METRES = 1e3  # a joint farther than 1 km from the camera is a fault
-_NUMBER = re.compile(rb"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_UNUSED = re.compile(rb"[-+]?(nan|inf|infinity|1\.#\w+)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+_UNUSED = re.compile(r"[-+]?(nan|inf|infinity|1\.#\w+)", re.IGNORECASE)
 
 
 def _ntu_rows(data):
-    "(frames, [(frame t, body ID, 25 rows of x, y, z in metres and state)]) of a .skeleton file."
-    lines, at, rows = data.rstrip().split(b"\n"), 0, []  # at: lines read
+    "(frames, {(frame t, body ID): 25 rows of x, y, z in metres and state}) of a .skeleton file."
+    lines, at, rows = data.rstrip().decode("ascii", "replace").split("\n"), 0, {}  # at: lines read
     odd = data.translate(None, b"0123456789+-.eE \t\r\n")  # no number has these
-    check = lambda condition, reason: expect(condition, reason, f"line {max(at, 1)}")
-    said = lambda word: short(word.decode("latin1"))
+    check = lambda condition, reason: condition or expect(False, reason, f"line {at}")
 
     def row(width, what):
         nonlocal at
         check(at < len(lines), f"the file ends here, where {what} should follow")
         words, at = lines[at].split(), at + 1
-        if len(words) != width:
-            last = ", and the file ends: it was cut off" if at == len(lines) else ""
-            check(False, f"{what} has {width} entries, this line {len(words)}{last}")
+        last = ", and the file ends: it was cut off" if at == len(lines) else ""
+        check(len(words) == width, f"{what} has {width} entries, this line {len(words)}{last}")
         return words
 
     def count(what, most):
         text = row(1, what)[0]
-        check(text.isdigit(), f"{what} must be a whole number, not {said(text)}")
-        few = len(text) < 10 and int(text) <= most
-        check(few, f"{what} is {said(text)}; more than {most:,} is no recording")
+        good = text.isdigit() and len(text) < 10 and int(text) <= most
+        check(good, f"{what} must be whole, up to {most:,} (more is no recording): {short(text)}")
         return int(text)
 
     def joint():
         words = row(12, "a joint's row")
         for k, word in enumerate(words if odd else ()):
             good = _NUMBER.fullmatch(word) or (2 < k < 11 and _UNUSED.fullmatch(word))
-            check(good, f"entry {k + 1} must be a finite number, not {said(word)}")
+            check(good, f"entry {k + 1} must be a finite number, not {short(word)}")
         try:
             x, y, z, state = map(float, (*words[:3], words[11]))
         except ValueError as e:
             check(False, f"a joint's place and state must be numbers ({e})")
-        if (far := max(abs(x), abs(y), abs(z))) > MAX_METRES:
-            check(False, f"a joint {far:.3g} m away is no measurement")
+        check(max(abs(x), abs(y), abs(z)) <= MAX_METRES, "a joint over 1 km away is no measurement")
         check(state in (0, 1, 2), "the tracking state must be 0, 1 or 2")
         return x, y, z, state
 
-    check(data.strip(), "the file is empty")
+    expect(data.strip(), "the file is empty", "line 1")
     frames = count("the number of frames", MAX_FRAMES)
     for t in range(frames):
         for _ in range(count("the number of bodies", MAX_BODIES)):
             body = row(10, "a body's row")[0]
-            whole = re.fullmatch(rb"-?\d{1,20}", body)
-            check(whole, f"a body's ID must be a whole number, not {said(body)}")
-            V = count("the number of joints", MAX_FRAMES)
-            check(V == 25, f"an NTU body has 25 joints, here are {V}")
-            rows.append((t, body.decode(), [joint() for _ in range(25)]))
-    at += 1
-    check(at > len(lines), f"all {frames} frames have been read, but more lines follow")
+            check(re.fullmatch(r"-?\d{1,20}", body), f"a body's ID must be whole: {short(body)}")
+            check(row(1, "the number of joints") == ["25"], "must be 25: an NTU body has 25 joints")
+            expect((t, body) not in rows, f"body {body} is there twice", f"frame {t + 1}")
+            rows[t, body] = [joint() for _ in range(25)]
+    expect(at == len(lines), f"{frames} frames are read, but more lines follow", f"line {at + 1}")
     return frames, rows
+
 
 # %% ../nbs/10e_readers.ipynb #e8041ec3
 def _listed_ranks(place, frame, bodies) -> list:
@@ -291,14 +259,12 @@ def read_ntu(
     with reading(source, name) as (data, name):
         T, rows = _ntu_rows(data)
         expect(rows, "no body in any frame")
-        for (t, body), n in Counter(row[:2] for row in rows).items():
-            expect(n == 1, f"body {body} is there twice", f"frame {t + 1}")
-        M = {body: m for m, body in enumerate(dict.fromkeys(body for _, body, _ in rows))}
+        M = {body: m for m, body in enumerate(dict.fromkeys(body for _, body in rows))}
         few = len(M) <= MAX_BODIES and len(M) * T <= MAX_CELLS
         expect(few, f"{len(M)} bodies in {T} frames: more than any recording has")
-        frame, place = np.array([(t, M[body]) for t, body, _ in rows]).T
+        frame, place = np.array([(t, M[body]) for t, body in rows]).T
         whole = np.zeros((len(M), T, 25, 4), np.float32)
-        whole[place, frame] = [joints for *_, joints in rows]
+        whole[place, frame] = [*rows.values()]
         tags, label, words = ntu_words(name)
         tags["bodies"] = list(M)
         if (listed := _listed_ranks(place, frame, len(M))) != sorted(listed):
@@ -369,59 +335,50 @@ def read_poses(
     """
     contents = {}
     for file in source if isinstance(source, list) else [source]:
-        with reading(file, None if contents or isinstance(source, list) else name) as (data, own):
+        with reading(file, None if isinstance(source, list) else name) as (data, own):
             contents[own] = load_json(data)
     with named(name := name or next(iter(contents))):
         frame, points, score, T = pose_people(contents)
         own = SKELETONS.get(POSE_LAYOUTS.get(points.shape[1]))
         if own and skeleton and {*skeleton.joints} <= {*own.joints}:
             order = [own.index(joint) for joint in skeleton.joints]
-            points, score, own = points[:, order], score[:, order], skeleton
+            points, score = points[:, order], score[:, order]
         tags, label, words = ntu_words(name)
         joints, visible = rank_bodies(frame, points, score, T)
         return Clip(joints, visible, name, label, skeleton or own, words, tags).trim()
 
 # %% ../nbs/10e_readers.ipynb #fa30ab02
-_PLAIN_TAGS = ("setup", "camera", "subject", "replication", "action")
-_PLAIN_TEXTS = ("class_name", "skeleton", "name", "split", "tags")
-_PLAIN_KEYS = ("joints", "visible", "label", *_PLAIN_TEXTS, *_PLAIN_TAGS)
+_PLAIN_INTS = ("label", "setup", "camera", "subject", "replication", "action")  # a label, and tags
+_PLAIN_KEYS = ("joints", "visible", "class_name", "skeleton", "name", "split", "tags", *_PLAIN_INTS)
 
 
-def _load_npz(data, limit=1 << 28):
+def _load_npz(data):
     "Arrays by name of an .npz's bytes. ClipError if damaged, too large or pickled."
-    with named("", "can't be read: {}"):  # zipfile and zlib have many errors
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            size = sum(info.file_size for info in archive.infolist())
-        expect(size <= limit, f"more than {limit:,} bytes is no recording of this kind")
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            return {key: np.asarray(value) for key, value in file.items()}
+    with named("", "can't be read: {}"), np.lib.npyio.NpzFile(io.BytesIO(data)) as file:
+        size = sum(member.file_size for member in file.zip.infolist())
+        expect(size <= 1 << 28, f"more than {1 << 28:,} bytes is no recording of this kind")
+        return {key: np.asarray(value) for key, value in file.items()}
 
 
 def _array_alone(file, V):
     "{'joints': …} of an .npy: (T,V,C), (M,T,V,C), (C,T,V[,M]), (T,M·V·3), a parser's pickle."
-    header = np.lib.format
     with named("", "can't be read: {}"):
-        read = {1: header.read_array_header_1_0, 2: header.read_array_header_2_0}
-        shape, fortran, kind = read[header.read_magic(file)[0]](file)
-        if not kind.hasobject:
-            file.seek(0)
-            x = np.load(file, allow_pickle=False)
-        else:  # a dictionary in an array without axes
-            held = load_pickle(file)
-            held = held.value[0] if hasattr(held, "value") else held
+        if b"'|O'" in file.readline():  # the header: a dictionary in an array without axes
+            held = load_pickle(file).value[0]
             bodies = sorted(key for key in held if re.fullmatch(r"skel_body\d+", key))
             expect(bodies, f"a pickled dictionary of {', '.join(map(str, held))}, no skel_body0")
             x = [held[key].value for key in bodies]
             x = np.stack([a for a in x if a.shape == x[0].shape])
+        else:
+            file.seek(0)
+            x = np.load(file, allow_pickle=False)
     if x.ndim == 2:
-        bodies = next((M for M in (1, 2) if x.shape[1] == M * V * 3), 0)
-        expect(bodies, f"{x.shape}: {x.shape[1]} numbers a frame are no bodies of {V} joints × 3; "
-               "name their skeleton=…")  # fmt: skip
-        x = x.reshape(len(x), bodies, V, 3).transpose(1, 0, 2, 3)
-    elif x.shape[0] == 3 and (x.ndim == 4 and x.shape[3] < 3 or x.ndim == 3 < x.shape[2]):
+        M = x.shape[1] / V / 3
+        expect(M in (1, 2), f"{x.shape}: frames aren't bodies of {V} joints × 3; name skeleton=…")
+        x = x.reshape(len(x), int(M), V, 3).swapaxes(0, 1)
+    elif x.shape[:1] == (3,) and (x.ndim == 4 and x.shape[3] < 3 or x.ndim == 3 < x.shape[2]):
         x = x.T.swapaxes(-3, -2)  # (C,T,V,M) or (C,T,V), as ST-GCN and its kin give a network
-    expect(x.ndim < 4 or len(x) < 10, f"{x.shape}: {len(x)} bodies? An .npy holds one clip, "
-           "(T,V,C) or (M,T,V,C): save each of several to a file of its own")  # fmt: skip
+    expect(x.ndim < 4 or len(x) < 10, f"{x.shape}: several clips? Save each to a file of its own")
     return {"joints": x}
 
 
@@ -436,27 +393,23 @@ def read_plain(
         V = skeleton.num_joints if skeleton else 25
         own = _array_alone(io.BytesIO(data), V) if alone else _load_npz(data)
         name = name.removesuffix(".skeleton") if alone else name
-        whole_set = {"x_train", "x_test"} & {*own}
-        expect(not whole_set, "a whole data set in CTR-GCN's form: open this file by itself")
-        for key in {*own} - {*_PLAIN_KEYS}:
+        expect(not {"x_train", "x_test"} & {*own}, "a CTR-GCN data set: open this file by itself")
+        for key in own.keys() - _PLAIN_KEYS:
             expect(False, f"unknown key {short(key)}; known are {', '.join(_PLAIN_KEYS)}")
         expect("joints" in own, f"no 'joints' in this file; it has {', '.join(own) or 'nothing'}")
         joints, visible = own.pop("joints"), own.pop("visible", None)
         for key, value in own.items():
-            text = key in _PLAIN_TEXTS
-            one = value.size == 1 and value.dtype.kind in ("U" if text else "iu")
-            expect(one, f"must be one {'text' if text else 'whole number'}", key)
+            what, kinds = ("whole number", "iu") if key in _PLAIN_INTS else ("text", "U")
+            expect(value.size == 1 and value.dtype.kind in kinds, f"must be one {what}", key)
             own[key] = value.item()
-        shape, axes = joints.shape, "(T,V,C) or (M,T,V,C), C 2 or 3"
-        good = len(shape) in (3, 4) and shape[-1] in (2, 3)
-        expect(good, f"must be {axes}, got {shape}: put the axes in this order", "joints")
-        if len(shape) == 3:
+        good = joints.ndim in (3, 4) and joints.shape[-1] in (2, 3)
+        expect(good, f"axes must be (T,V,C) or (M,T,V,C), C 2 or 3; got {joints.shape}", "joints")
+        if joints.ndim == 3:
             joints, visible = joints[None], visible if np.ndim(visible) != 2 else visible[None]
         if skeleton is None and (text := own.get("skeleton")):
             expect(len(text) < 40_000, "the description is too long", "skeleton")
             try:
-                own_layout = text not in SKELETONS
-                skeleton = Skeleton(**load_json(text.encode())) if own_layout else SKELETONS[text]
+                skeleton = SKELETONS.get(text) or Skeleton(**load_json(text.encode()))
             except (TypeError, ValueError) as e:
                 known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
                 expect(False, f"{short(text)} is not known; {known}", "skeleton")
@@ -464,7 +417,7 @@ def read_plain(
         tags, split = (load_json(text.encode()) for text in (own.get("tags", "{}"), split))
         own_tags, by_name, words = ntu_words(name := own.get("name", name))
         if isinstance(tags, dict):
-            tags = own_tags | tags | {key: own[key] for key in _PLAIN_TAGS if key in own}
+            tags = own_tags | tags | {key: own[key] for key in _PLAIN_INTS[1:] if key in own}
         label, given = own.get("label", by_name), own.get("class_name")
         label = None if label == -1 else label
         words = given or (words if label == by_name else None)
@@ -476,10 +429,10 @@ def save_clip(
     path,  # file to write, ending in .npz
 ):
     "Write a clip in the plain form, with all it knows, for `read_plain`. ValueError: NaN in tags."
-    as_json = partial(json.dumps, allow_nan=False, default=lambda value: value.tolist())
-    own = {key: getattr(clip, key) for key in ("label", "class_name", "name")}
-    own = {key: value for key, value in own.items() if value is not None}
-    if (s := clip.skeleton) is not None:
-        own["skeleton"] = s.name if SKELETONS.get(s.name) == s else as_json(asdict(s))
+    as_json = lambda content: json.dumps(content, allow_nan=False, default=lambda v: v.tolist())
+    own = {key: getattr(clip, key) for key in ("joints", "visible", "label", "class_name", "name")}
     own |= {key: as_json(getattr(clip, key)) for key in ("tags", "split") if getattr(clip, key)}
-    np.savez_compressed(path, joints=clip.joints, visible=clip.visible, **own)
+    if s := clip.skeleton:
+        own["skeleton"] = s.name if SKELETONS.get(s.name) == s else as_json(asdict(s))
+    np.savez_compressed(path, **{key: value for key, value in own.items() if value is not None})
+
