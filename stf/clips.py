@@ -19,9 +19,9 @@ import numpy as np
 
 from .arrays import open_arrays
 from .files import ClipError, Clips, Files, expect, load_json, named, read_labels, reading
-from .poses import MAX_IMAGE, WAY, as_scores
-from .readers import (MAX_METRES, NTU_CLASSES, Clip, as_float32, class_names,  # noqa: F401
-                         name_tags, ntu_missing_skeletons, ntu_words, read_kinetics, read_ntu,
+from .poses import WAY, as_scores
+from .readers import (NTU_CLASSES, Clip, as_float32, class_names, name_tags,  # noqa: F401
+                         ntu_missing_skeletons, ntu_words, read_kinetics, read_ntu,
                          read_plain, read_poses, read_ucla, save_clip)
 from .sets import open_set
 from .skeleton import SKELETONS, Skeleton
@@ -94,11 +94,7 @@ def _clip_of_arrays(arrays, skeleton, own, i):
     "Clip i of a set of arrays."
     raw, name = arrays.record(i), arrays.names[i]
     tags, by_name, words = ntu_words(name)
-    joints, label = as_float32(raw["joints"], "joints"), raw["label"]
-    scored = joints.shape[3] == 3 and joints[..., 2].max() <= 2
-    limit = MAX_METRES if joints.shape[3] == 3 and not scored else MAX_IMAGE
-    within = (np.abs(joints) <= limit).all()
-    expect(within, f"hold a number that is not finite or beyond ±{limit:g}", "joints")
+    joints, label = raw["joints"], raw["label"]
     if (visible := raw.get("visible")) is not None:
         visible = as_scores(as_float32(visible, "scores"), "scores")
     kinect = joints.shape[2] == 25

@@ -18,7 +18,7 @@ import numpy as np
 
 from .arrays import load_pickle
 from .files import expect, load_json, named, reading
-from .poses import (MAX_BODIES, MAX_CELLS, MAX_FRAMES, POSE_LAYOUTS, check_numbers,
+from .poses import (MAX_BODIES, MAX_CELLS, MAX_FRAMES, MAX_PLACE, POSE_LAYOUTS, check_numbers,
                         kinetics_people, pose_people, rank_bodies, whole_number)
 from .skeleton import SKELETONS, Skeleton
 
@@ -60,9 +60,9 @@ class Clip:
             self.joints = as_float32(self.joints, "joints")
             shape, axes = self.joints.shape, "(bodies, frames, joints, coordinates), none of them 0"
             expect(len(shape) == 4 and 0 not in shape, f"must be {axes}; got {shape}", "joints")
-            for m, t, v, _ in np.argwhere(~np.isfinite(self.joints))[:1]:
-                place = f"body {m}, frame {t}, joint {v}"
-                expect(False, "is not a finite number (a joint that isn't seen is 0)", place)
+            for m, t, v, _ in np.argwhere(~(np.abs(self.joints) <= MAX_PLACE))[:1]:
+                expect(False, f"is not a finite number within ±{MAX_PLACE:g} (a joint that isn't "
+                       "seen is 0)", f"body {m}, frame {t}, joint {v}")  # fmt: skip
             xy, third = self.joints[..., :2], self.joints[..., -1]
             flat = shape[3] == 3 and self.visible is None and np.abs(xy).max() > 20
             self.scored = bool(flat and third.min() >= -0.5 and 0 < third.max() <= 2)
@@ -127,11 +127,11 @@ class Clip:
             up = np.median(np.nanmean(x[:, head], 1) - np.nanmean(x[:, feet], 1), 0)
             most = int(np.abs(up).argmax())
             way = f"{C} {'' if up[most] > 0 else '−'}{'xyz?'[most]}"
+            below = "below the feet" if "y" in way else f"above the feet along {way[2:]}"
             option = {"2 y": "xY", "3 −y": "xYz (XYz if x points to the image's right)",
                       "3 z": "xzy (right-handed: xZy)", "3 −z": "xZY (right-handed: xzY)",
                       "3 x": "yxz (right-handed: yXz)", "3 −x": "YXz (right-handed: Yxz)"}.get(way)
-            found.append(option and f"the head is above the feet along {way[2:]}: if that is up, "
-                         f"say axes={option}")  # fmt: skip
+            found.append(option and f"the head is {below}: if {way[2:]} is up, say axes={option}")
         return [doubt for doubt in found if doubt]
 
     def __repr__(self):

@@ -417,7 +417,7 @@ ONE = np.ones((1, 2, 25, 3))
 @pytest.mark.parametrize("joints, more, reason", [
     (np.ones((2, 3, 4)), {}, "must be"), (np.ones((0, 3, 4, 2)), {}, "must be"),
     (np.ones((1, 0, 4, 2)), {}, "must be"), (ONE * np.inf, {}, "finite"),
-    (ONE * 1e300, {}, "finite"),
+    (ONE * 1e300, {}, "finite"), (ONE * 2e5, {}, "within"),
     (ONE.astype(complex), {}, "numbers"), (ONE.astype(str), {}, "numbers"), (None, {}, "numbers"),
     ([[[[1, 2], [3]]]], {}, "numbers"), ([[[[10**400]]]], {}, "numbers"), (ONE * 0, {}, "no body"),
     (ONE, dict(visible=np.full((1, 2, 25), np.nan)), "0..1"),
@@ -496,6 +496,8 @@ def test_npy_that_lies_about_its_size(tmp_path):
     lying = archive(tmp_path / "a.zip", {"joints.npy": file.getvalue()}).read_bytes()
     for data in (lying, b"PK\3\4 not a zip", file.getvalue(), b""):
         refused("can't be read", read_plain, io.BytesIO(data), "a.npz")
+    np.save(scalar := io.BytesIO(), 3.0)
+    refused("axes must be", read_plain, io.BytesIO(scalar.getvalue()), "a.npy")
 
 
 # ---------------------------------------------------------------- open_clips
