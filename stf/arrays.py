@@ -317,7 +317,7 @@ def _ctrgcn(name, place, num_joints):
         y = np.array([y[i] for i in range(len(y))] or [-1] * len(x))  # to predict, none are needed
         if y.ndim == 2 and ((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all():
             y = y.argmax(1)
-        if len(x.shape) != 3 or y.shape != x.shape[:1]:
+        if len(x.shape) != 3 or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
             raise ValueError(f"x_{part}: must be (clips, frames, numbers), y_{part} a whole number "
                              "or a one-hot row (one 1, else 0) for each; got "
                              f"{x.shape}, {len(y)} labels {y.dtype} {y.shape}")
@@ -421,7 +421,7 @@ def open_arrays(
     files = {name: (os.path.abspath(file), *inner) for name, (file, *inner) in files.items()}
     again, one = (path, files, labels, num_joints), files.get(path.name) == (str(path),)
     pick = lambda form, names: [n for n in names if re.fullmatch(f"(.*/)?{form}", n.lower())]
-    first = lambda name: ("train" not in Path(name).name.lower(), name)  # the part for training
+    first = lambda name: ("train" not in Path(name).name.lower(), name)  # training parts first
     names = [path.name] if one else sorted(files, key=first)
     if one and (part := re.fullmatch(r"(train|val|test)_label\.(pkl|pickle)", path.name.lower())):
         names, labels = pick(rf"{part[1]}_data(_joint)?\.npy", files), path
