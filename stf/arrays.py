@@ -148,7 +148,7 @@ def load_pickle(*place, handles=None):
     "Plain values in a pickle (path, member, …), arrays to be had by `_plain`; else ValueError."
     handles = handles or Handles()
     try:
-        file, _ = handles.get(_open_place, *place)
+        file, _ = _open_place(*place)
         machine = _Unpickler(file, encoding="latin1")
         machine.file, machine.later = file, lambda at, size: lambda: handles.read(at, size, *place)
         return machine.load()

@@ -239,6 +239,13 @@ def test_pickles_of_either_numpy(tmp_path, module, protocol):
     assert clip.label == 9
 
 
+def test_long_texts_of_numpy(tmp_path):
+    """To read one moved the file away under the unpickler: "list index out of range"."""
+    name = np.str_("walk" * 50)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([row_of(name, RAW[0])]))
+    assert open_clips(tmp_path / "a.pkl").names == [name]
+
+
 def test_parts_of_a_set_in_two_pickles(tmp_path):
     """Older pyskl and mmaction2 files are bare lists, one for training, one for the test; the
     file's name tells which."""
