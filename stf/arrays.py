@@ -6,17 +6,16 @@
 __all__ = ['Handles', 'Rows', 'load_pickle', 'ArraySet', 'what_is_it', 'open_arrays']
 
 # %% ../nbs/10_arrays.ipynb #c86d288c
-import io
 import math
 import os
 import pickle
 import re
-import struct
 import threading
 import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
 from reprlib import repr as short  # of values that may be nested without end
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -30,13 +29,18 @@ class Handles(threading.local):
     def get(self, opener, *place):
         return self._open(os.getpid(), opener, *place)
 
+    def read(self, at, size, *place):
+        file, _ = self.get(_open_place, *place)
+        file.seek(at)
+        return file.read(size)
+
     def __reduce__(self):
         return Handles, ()
 
 
 def _open_place(path, *members):
     "(file, size) of a file, or of a member of a zip (of a member of a zip …), to be read anywhere."
-    file, size = open(path, "rb"), os.path.getsize(path)
+    file, size = (path, 0) if hasattr(path, "read") else (open(path, "rb"), os.path.getsize(path))
     for member in members:
         archive = zipfile.ZipFile(file)
         file, size = archive.open(member), archive.getinfo(member).file_size
@@ -47,17 +51,15 @@ class Rows:
     """The rows of an .npy (path, member, …), read one by one: shape, dtype, rows[i]. ValueError."""
 
     def __init__(self, *place):
-        self.place, self.handles = (os.path.abspath(place[0]), *place[1:]), Handles()
+        self.place, self.handles = place, Handles()
         file, size = self.handles.get(_open_place, *self.place)
-        version = np.lib.format.read_magic(file)[0]
-        read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
-        self.shape, fortran, self.dtype = read[version](file, max_header_size=10_000)
+        read = getattr(np.lib.format, f"read_array_header_{np.lib.format.read_magic(file)[0]}_0")
+        self.shape, fortran, self.dtype = read(file, max_header_size=10_000)
         self.start, self.row = file.tell(), math.prod(self.shape[1:]) * self.dtype.itemsize
-        whole = self.shape and 0 < self.row and self.row * self.shape[0] == size - self.start
-        good = whole and self.row <= 1 << 27 and self.dtype.kind in "fiub"
-        why = ("holds Python objects (a pickle)" if self.dtype.hasobject else
-               "is in Fortran order: save its np.ascontiguousarray" if fortran and self.shape[1:]
-               else "" if good else f"needs other than {size:,} bytes")
+        whole = self.shape and 0 < self.row <= 1 << 27 and self.row * len(self) == size - self.start
+        why = "holds Python objects (a pickle)" if self.dtype.hasobject else (
+            "is in Fortran order: save its np.ascontiguousarray" if fortran and self.shape[1:] else
+            "" if whole and self.dtype.kind in "fiub" else f"needs other than {size:,} bytes")
         if why:
             raise ValueError(f"no plain array of recordings: {self.dtype} {self.shape} {why}")
 
@@ -65,64 +67,39 @@ class Rows:
         return self.shape[0]
 
     def __getitem__(self, i):
-        file, _ = self.handles.get(_open_place, *self.place)
-        file.seek(self.start + i * self.row)
-        return np.frombuffer(file.read(self.row), self.dtype).reshape(self.shape[1:])
+        data = self.handles.read(self.start + i * self.row, self.row, *self.place)
+        return np.frombuffer(data, self.dtype).reshape(self.shape[1:])
 
 # %% ../nbs/10_arrays.ipynb #ec05be6d
-class _Type:
-    "Stands for numpy.dtype in a pickle."
-
-    def __init__(self, code, *_):
-        self.code, self.order = code, "="
-
-    def build(self, version, order, *_):
-        self.order = order
-
-    def dtype(self):
-        if not re.fullmatch(r"[<>=|]([biufSU]\d{1,4}|O8?)", self.order + self.code):
-            raise ValueError(f"arrays of type {self.code!r}, which no recording needs")
-        return np.dtype(self.order + self.code)
-
-
-def _read_at(opened, at, size):
-    "Long bytes of a pickle, left in the file until they are needed."
-    opened().seek(at)
-    return opened().read(size)
-
-
 class _Array:
     "Stands for a NumPy array in a pickle; `shape`, and `value`, which is read from the file."
 
     def __init__(self, content=None, type=None, shape=(), order="C", axes=None):
-        self.content, self.type, self.axes = content, type, axes
-        self.order = "F" if order == "F" else "C"
-        self.stored, self.shape = shape, tuple(shape[i] for i in axes or range(len(shape)))
-
-    def build(self, version, shape, type, fortran, content):
-        self.__init__(content, type, shape, "F" if fortran else "C")
+        self.content, self.type, self.order = content, type, "F" if order == "F" else "C"
+        self.stored, self.axes = tuple(shape), axes or range(len(shape))
+        self.shape = tuple(self.stored[i] for i in self.axes)
 
     @property
     def value(self):
-        content, kind = self.content, self.type.dtype()
-        if kind.hasobject:
-            return content if type(content) is list else [content]
-        content = content() if isinstance(content, partial) else content
-        content = content.encode("latin1") if isinstance(content, str) else content  # Python 2
-        array = np.frombuffer(content, kind).reshape(self.stored, order=self.order)
-        return array if self.axes is None else array.transpose(self.axes)
+        data, code = self.content, self.type.code
+        if not re.fullmatch(r"[<>=|]?([biufSU]\d{1,4}|O8?)", code):
+            raise ValueError(f"arrays of type {code!r}, which no recording needs")
+        if "O" in code:
+            return data  # a list
+        data = data() if callable(data) else data
+        data = data.encode("latin1") if isinstance(data, str) else data  # Python 2
+        return np.frombuffer(data, code).reshape(self.stored, order=self.order).transpose(self.axes)
 
 
 _KNOWN = {
     "numpy.core.multiarray._reconstruct": lambda *_: _Array(),
-    "numpy.core.multiarray.scalar": lambda kind, content=b"": _Array(content, kind).value[()],
+    "numpy.core.multiarray.scalar": lambda kind, content=b"": _Array(content, kind).value.item(),
     "numpy.core.numeric._frombuffer": _Array,
-    "numpy.dtype": _Type,
+    "numpy.dtype": lambda code, *_: SimpleNamespace(code=code),
     "numpy.ndarray": "a word that can't be called",
     "_codecs.encode": lambda text, encoding="latin1": text.encode("latin1"),
     "collections.OrderedDict": lambda: {},
-    "builtins.bytearray": lambda content=b"", *_: content,
-}  # fmt: skip
+}
 
 # %% ../nbs/10_arrays.ipynb #87c50770
 class _Unpickler(pickle._Unpickler):
@@ -132,48 +109,48 @@ class _Unpickler(pickle._Unpickler):
     del dispatch[pickle.EMPTY_SET[0]], dispatch[pickle.FROZENSET[0]]  # which hash what they hold
 
     def find_class(self, module, name):
-        word = f"{module}.{name}".replace("._core.", ".core.").replace("__builtin__", "builtins")
+        word = f"{module}.{name}".replace("._core.", ".core.")
         if word not in _KNOWN:
             raise ValueError(f"it imports {module}.{name}: no array and no plain container")
         return _KNOWN[word]
 
     def load_build(self):
         state, made = self.stack.pop(), self.stack[-1]
-        if not isinstance(made, (_Array, _Type)):
+        if isinstance(made, _Array):
+            _, shape, type, fortran, content = state
+            made.__init__(content, type, shape, "F" if fortran else "C")
+        elif isinstance(made, SimpleNamespace):
+            made.code = state[1] + made.code  # the order of bytes
+        else:
             raise ValueError("it sets the state of something that is no array")
-        made.build(*state)
 
     def load_items(self, code):
-        keys = self.stack[-2:-1] if code == pickle.SETITEM else self.stack[::2]
+        keys = self.stack[-2:-1] if code == pickle.SETITEM[0] else self.stack[::2]
         if not all(isinstance(key, (str, int, float, bytes, type(None))) for key in keys):
             raise ValueError("a dictionary whose keys are no plain values")  # nested: hash breaks
-        pickle._Unpickler.dispatch[code[0]](self)
+        pickle._Unpickler.dispatch[code](self)
 
-    def load_bytes(self, form):
-        size = struct.unpack(form, self.read(struct.calcsize(form)))[0]
+    def load_bytes(self, width):
+        size = int.from_bytes(self.read(width), "little")
         if size <= 512:
             return self.append(self.read(size))
-        self.append(partial(_read_at, self.opened, self.opened().tell(), size))
-        self.opened().seek(size, io.SEEK_CUR)
+        self.append(self.later(self.file.tell(), size))
+        self.file.seek(size, os.SEEK_CUR)
 
     dispatch[pickle.BUILD[0]], dispatch[pickle.FRAME[0]] = load_build, lambda self: self.read(8)
-    for _code in (pickle.SETITEM, pickle.SETITEMS, pickle.DICT):
-        dispatch[_code[0]] = lambda self, code=_code: self.load_items(code)
-    for _code, _form in ((pickle.BINBYTES, "<I"), (pickle.BINBYTES8, "<Q"),
-                         (pickle.BYTEARRAY8, "<Q"), (pickle.BINSTRING, "<i")):  # fmt: skip
-        dispatch[_code[0]] = lambda self, form=_form: self.load_bytes(form)
+    for _code in pickle.SETITEM + pickle.SETITEMS + pickle.DICT:
+        dispatch[_code] = partial(load_items, code=_code)
+    dispatch |= dict.fromkeys(pickle.BINBYTES + pickle.BINSTRING, partial(load_bytes, width=4))
+    dispatch |= dict.fromkeys(pickle.BINBYTES8 + pickle.BYTEARRAY8, partial(load_bytes, width=8))
 
 
-def load_pickle(*place):
+def load_pickle(*place, handles=None):
     "Plain values in a pickle (path, member, …), arrays to be had by `_plain`; else ValueError."
-    if hasattr(place[0], "read"):  # an open file
-        opened = lambda: place[0]
-    else:
-        place, handles = (os.path.abspath(place[0]), *place[1:]), Handles()
-        opened = lambda: handles.get(_open_place, *place)[0]
+    handles = handles or Handles()
     try:
-        machine = _Unpickler(opened(), encoding="latin1")
-        machine.opened = opened
+        file, _ = _open_place(*place)
+        machine = _Unpickler(file, encoding="latin1")
+        machine.file, machine.later = file, lambda at, size: lambda: handles.read(at, size, *place)
         return machine.load()
     except Exception as e:  # the instructions may raise anything
         known = {EOFError: "it is cut off", KeyError: "it holds more than these, or it is none"}
@@ -189,9 +166,8 @@ def _plain(value):
 class ArraySet:
     """The recordings of a data set in a few large files, in order.
 
-    `names`, `labels`, `title`, `about` (bodies, classes, lost: how many; notes); record(i) is a
-    dictionary with joints (M,T,V,C), visible (M,T,V) or None, label, tags and split. ValueError for
-    a bad one.
+    `names`, `labels`, `title`, `about` (bodies, classes, lost: how many; notes); record(i): a
+    dictionary of joints (M,T,V,C), visible (M,T,V) or None, label, tags and split, or ValueError.
     """
 
     def __init__(self, title, names, labels, record, **about):
@@ -207,8 +183,7 @@ class ArraySet:
 
 def _trim(joints):
     "Joints (M,T,V,C) without empty frames at the end and bodies that never appear."
-    there = joints.any(axis=(2, 3))
-    bodies, frames = (max(np.flatnonzero(there.any(axis)), default=0) + 1 for axis in (1, 0))
+    bodies, frames = (at.max(initial=0) + 1 for at in joints.any(axis=(2, 3)).nonzero())
     return joints[:bodies, :frames]
 
 
@@ -226,10 +201,7 @@ def _split_of_key(key):
     return found and ((found[1] or "official").replace("-", "") + found[3], found[2])
 
 
-def _split_of_file(name):
-    "('xsub', 'train') of ntu60_xsub_train.pkl, which is one part of a set; None: no part of one."
-    part = re.search(r"(?<![^_.-])(train|val|test)(?![^_.-])", Path(name).stem.lower())
-    return part and (_protocol(Path(name).stem), part[1])
+_PART = re.compile(r"(?<![^/_.-])(train|val|test)(?![^_.-])")  # a word in the name of a file
 
 
 def _stem(name):
@@ -240,19 +212,14 @@ def _stem(name):
 def _as_label(label):
     "A label as int, or None (also for −1). ValueError."
     label = _plain(label)
-    one = isinstance(label, (np.integer, np.ndarray)) and np.size(label) == 1
-    label = label.item() if one else label
+    label = label.item() if getattr(label, "size", 0) == 1 else label  # NumPy's
     if label is not None and (type(label) is not int or label < -1):
         raise ValueError(f"the label must be a whole number from 0, not {short(label)}")
     return None if label == -1 else label
 
 
-def _check_split(splits, known):
-    """Sides by clip of {(protocol, side): listed names}, and what should be told of them.
-
-    `known`: a clip by each of its names. ValueError where none of the listed names is here, or one
-    is on both sides.
-    """
+def _check_split(splits, known):  # {(protocol, side): listed names}, {name: clip}
+    "{clip: {protocol: side}}, and notes. ValueError if a list has no clip, or two sides have one."
     sides, notes = {}, []
     for (protocol, side), listed in splits.items():
         if side == "val" and (protocol, "test") in splits:
@@ -273,46 +240,47 @@ def _check_split(splits, known):
     return sides, notes
 
 # %% ../nbs/10_arrays.ipynb #9cf463f8
-def _pyskl(files, alone=False):
-    "Clips of pyskl's pickles {name: place}: the parts of one set in their order, or one clip each."
-    rows, splits, lost, notes = [], {}, 0, []
+def _pyskl(files, several=""):
+    "Clips of pyskl's pickles {name: place}. `several`: the error unless they are one clip each."
+    text = lambda name: name if isinstance(name, str) else short(name)
+    rows, splits, lost, notes, handles = [], {}, 0, [], Handles()
     for name, place in files.items():
+        stem = Path(name).stem
         try:
-            table, split = load_pickle(*place), None
+            content = load_pickle(*place, handles=handles)
         except ValueError as e:
-            if not alone:
+            if not several:
                 raise
-            table = {"keypoint": None, "error": str(e)}
-        if isinstance(table, dict):
-            one = [{"frame_dir": Path(name).stem, **table}] if "keypoint" in table else None
-            table, split = one or table.get("annotations"), table.get("split")
+            content = {"keypoint": e}  # which costs its clip alone
+        content = content if isinstance(content, dict) else {"annotations": content}
+        if "keypoint" in content:
+            content = {"annotations": [{"frame_dir": stem, **content}]}
+        elif several:
+            raise ValueError(several)
+        table, split = content.get("annotations"), content.get("split")
         table = table if isinstance(table, list) else []
         here = [row if isinstance(row, dict) else {} for row in table if row is not None]
         if not any("frame_dir" in row for row in here):
             raise ValueError("no list of annotations with 'frame_dir' in this pickle")
         rows, lost = rows + here, lost + len(table) - len(here)
+        if not split and (part := _PART.search(stem.lower())):
+            split = {f"{_protocol(stem)}_{part[1]}": [row.get("frame_dir") for row in here]}
         for key, listed in split.items() if isinstance(split, dict) else ():
             listed = _plain(listed)
             if (part := _split_of_key(key)) and isinstance(listed, (list, tuple, np.ndarray)):
-                listed = (v if isinstance(v, str) else short(v) for v in listed)
-                splits.setdefault(part, []).extend(listed)
+                splits.setdefault(part, []).extend(map(text, listed))
             else:
                 notes.append(f"split {short(key)} is not read: no …train, …val or …test of names")
-        if not split and (part := _split_of_file(name)):
-            splits.setdefault(part, []).extend(str(row.get("frame_dir")) for row in here)
-    given = [row.get("frame_dir") for row in rows]
-    given = [str(v) if type(v) in (str, int) else f"annotation {i}" for i, v in enumerate(given)]
+    given = [text(row.get("frame_dir", f"annotation {i}")) for i, row in enumerate(rows)]
     names = [_stem(name) for name in given]
     names = names if len({*names}) == len(names) else given  # v1 of two folders
     sides, told = _check_split(splits, {**dict(zip(names, given)), **dict(zip(given, given))})
 
     def record(i):
         row = rows[i]
-        if "error" in row:
-            raise ValueError(row["error"])
         joints, score = (_plain(row.get(key)) for key in ("keypoint", "keypoint_score"))
-        if joints is None:
-            raise ValueError("keypoint is missing (raw_file, a file beside, is not read)")
+        if joints is None or isinstance(joints, ValueError):
+            raise joints or ValueError("keypoint is missing (raw_file, a file beside, is not read)")
         for key, a, axes in (("keypoint", joints, 4), ("keypoint_score", score, 3)):
             if a is not None and not (isinstance(a, np.ndarray) and a.ndim == axes):
                 raise ValueError(f"{key} must be an array of {axes} axes ({'MTVC'[:axes]})")
@@ -325,12 +293,9 @@ def _pyskl(files, alone=False):
         return dict(joints=joints, visible=score, label=label, split=split, tags=tags)
 
     shapes = [getattr(row.get("keypoint"), "shape", ()) for row in rows]
-    shapes = [s for s in shapes if [*map(type, s)] == [int] * 4]
-    labels = [row.get("label") for row in rows]
-    labels = [int(v) if isinstance(v, (int, np.integer)) and v >= 0 else None for v in labels]
-    M = max((s[0] for s in shapes), default=0)
-    return ArraySet("pyskl annotations", names, labels, record, bodies=M, lost=lost,
-                     notes=notes + told)
+    labels = [n if type(n := row.get("label")) is int and n >= 0 else None for row in rows]
+    return ArraySet("pyskl annotations", names, labels, record, lost=lost, notes=notes + told,
+                    bodies=max((s[0] for s in shapes if [*map(type, s)] == [int] * 4), default=0))
 
 # %% ../nbs/10_arrays.ipynb #23603c29
 def _members(place):
@@ -343,31 +308,27 @@ def _members(place):
 
 def _ctrgcn(name, place, num_joints):
     "Clips of CTR-GCN's x_train, y_train, … in the .npz at a place."
-    there, index, names, labels = _members(place), [], [], []
-    test = "test" if "x_test.npy" in there else "val"
-    for part in ("train", test):
+    there, stem, index, names, labels = _members(place), Path(name).stem, [], [], []
+    parts = "train", "test" if "x_test.npy" in there else "val"
+    for part in parts:
         x, y = (Rows(*place, n) if (n := f"{k}_{part}.npy") in there else () for k in "xy")
         if not len(x):
             continue
         y = np.array([y[i] for i in range(len(y))] or [-1] * len(x))  # to predict, none are needed
         if y.ndim == 2 and ((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all():
             y = y.argmax(1)
-        if y.ndim != 1 or y.dtype.kind not in "iu" or y.min() < -1:
-            raise ValueError(f"y_{part}: must be one-hot rows (one 1, else 0) or whole numbers, "
-                             f"got {y.dtype} {y.shape}")
-        if len(x.shape) != 3 or len(x) != len(y):
-            raise ValueError(f"x_{part}: must be (clips, frames, numbers), a label each; got "
-                             f"{x.shape}, {len(y)} labels")
+        if len(x.shape) != 3 or y.shape != x.shape[:1] or y.dtype.kind not in "iu":
+            raise ValueError(f"x_{part}: must be (clips, frames, numbers), y_{part} a whole number "
+                             "or a one-hot row (one 1, else 0) for each; got "
+                             f"{x.shape}, {len(y)} labels {y.dtype} {y.shape}")
         if (size := x.shape[2]) % (3 * num_joints):
-            pairs = [(m, v) for v in (20, 18, 17, 15, 22) for m in (1, 2)]
-            could = [f"{m} × {v}" for m, v in pairs if size == 3 * m * v]
-            could = f" (bodies × joints could be {' or '.join(could)})" if could else ""
+            fits = [f"{m} × {v}" for v in (20, 18, 17, 15, 22) for m in (1, 2) if size == 3 * m * v]
+            could = f" (bodies × joints could be {' or '.join(fits)})" if fits else ""
             raise ValueError(f"x_{part}: {size} numbers a frame are no whole bodies of "
-                             f"{num_joints} joints × 3{could}: say which skeleton they have: "
-                             "skeleton=…")
-        split = {_protocol(Path(name).stem): "train" if part == "train" else "test"}
+                             f"{num_joints} joints × 3{could}: name their skeleton=…")
+        split = {_protocol(stem): "train" if part == "train" else "test"}
         index += [(x, i, split) for i in range(len(x))]
-        names += [f"{Path(name).stem}_{part}_{i:06d}" for i in range(len(x))]
+        names += [f"{stem}_{part}_{i:06d}" for i in range(len(x))]
         labels += map(_as_label, y)
     if not names:
         raise ValueError("no clips: x_train and x_test missing or empty")
@@ -378,8 +339,8 @@ def _ctrgcn(name, place, num_joints):
         return dict(joints=joints, label=labels[i], split=split, tags={"source": "ctr-gcn"})
 
     M = index[0][0].shape[2] // (3 * num_joints)
-    used = {f"{k}_{part}.npy" for k in "xy" for part in ("train", test)}
-    other = [n.removesuffix(".npy") for n in there if n not in used]
+    read = rf"[xy]_({'|'.join(parts)})\.npy"
+    other = [n.removesuffix(".npy") for n in there if not re.fullmatch(read, n)]
     notes = [f"not read: {', '.join(other)}"] if other else []
     return ArraySet("CTR-GCN arrays", names, labels, record, bodies=M, notes=notes)
 
@@ -394,8 +355,8 @@ def what_is_it(sample):
     return "raw"
 
 # %% ../nbs/10_arrays.ipynb #cb7f22ac
-def _read_names_and_labels(place):
-    "Names and labels of a label pickle in the form of ST-GCN and its followers."
+def _read_names_and_labels(place, count):
+    "Names and labels of so many clips in a label pickle of ST-GCN and its followers."
     content = load_pickle(*place)
     pair = content[:2] if isinstance(content, (tuple, list)) else ()
     pair = [v for v in map(_plain, pair) if isinstance(v, (list, np.ndarray))]
@@ -403,70 +364,52 @@ def _read_names_and_labels(place):
     names = [v.decode("utf-8", "replace") if isinstance(v, bytes) else v for v in names]
     if not pair or len(names) != len(labels) or not all(isinstance(v, str) for v in names):
         raise ValueError(f"{place[-1]}: must hold two lists of one length, names (text) and labels")
+    if len(names) != count:
+        raise ValueError(f"has {count:,} clips, but {Path(place[-1]).name} {len(names):,} names")
     return [_stem(name) for name in names], [_as_label(label) for label in labels]
 
 
-def _msg3d(path, files, arrays, labels=None):
+def _msg3d(files, arrays, labels=None):
     "Clips of MS-G3D's, 2s-AGCN's or ST-GCN's `arrays`, names in `files` {name: place}."
-    path = Path(os.path.abspath(path))
-    folder = path.parent.name if path.suffix == ".npy" else path.stem
-    protocol, index, names, numbers = _protocol(f"{arrays[0]}/{folder}"), [], [], []
-    notes = []
+    file, *inner = files[arrays[0]]
+    folder = Path(file).stem if inner else Path(file).parent.name
+    protocol, index, names, numbers, notes = _protocol(f"{arrays[0]}/{folder}"), [], [], [], []
     cure = "they are made of joints on the fly: give the joint file"
     for name in arrays:
         if "motion" in name.lower():
             raise ValueError(f"a file of motions; {cure}")
-        part = re.match("train|val|test|", name.rpartition("/")[2].lower())[0]
-        wanted = [name[: name.rfind("/") + 1] + p for p in (f"{part}_label.pkl", "label.pkl")]
-        tables = [files[w] for w in wanted if w in files] if labels is None else [(labels,)]
-        x = Rows(*files[name])
-        if not tables:  # to predict, none are needed
-            notes.append(f"no labels: {wanted[not part]}, a pickle of names and labels, is missing "
-                         "beside it (or labels=…)")
-        clips = [f"{Path(name).stem}_{i:06d}" for i in range(len(x))], [None] * len(x)
-        clips, of = _read_names_and_labels(tables[0]) if tables else clips
+        x, stem = Rows(*files[name]), Path(name).stem
+        part = re.match("train|val|test|", stem.lower())[0]
         if len(x.shape) != 5 or x.shape[1] not in (2, 3) or x.shape[1::3] == (2, 3):
             raise ValueError(f"must be (clips, 2 or 3 channels, frames, joints, bodies): {x.shape}")
-        if len(x) != len(clips):
-            there = Path(tables[0][-1]).name
-            raise ValueError(f"has {len(x):,} clips, but {there} {len(clips):,} names")
-        few = np.unique(np.linspace(0, len(x) - 1, 12).astype(int))
-        if (what := what_is_it(np.stack([x[i] for i in few]))) == "bone":
+        wanted = [name[: name.rfind("/") + 1] + p for p in (f"{part}_label.pkl", "label.pkl")]
+        tables = [files[w] for w in wanted if w in files] if labels is None else [(labels,)]
+        if tables:
+            clips, of = _read_names_and_labels(tables[0], len(x))
+        else:  # to predict, none are needed
+            clips, of = [f"{stem}_{i:06d}" for i in range(len(x))], [None] * len(x)
+            notes.append(f"no labels: {wanted[not part]}, a pickle of names and labels, is missing "
+                         "beside it (or labels=…)")
+        few = np.stack([x[i] for i in range(0, len(x), len(x) // 12 + 1)])
+        if (what := what_is_it(few)) == "bone":
             raise ValueError(f"a file of bones (its root bone is always zero); {cure}")
-        index += [(x, i, part, what) for i in range(len(x))]
+        tags = {"source": "ms-g3d", "preprocessed": "msg3d"}
+        tags = tags if what == "preprocessed" else {"source": "st-gcn"}
+        split = {protocol: "train" if part == "train" else "test"} if part else {}
+        index += [(x, i, tags, split) for i in range(len(x))]
         names, numbers = names + clips, numbers + of
 
     def record(i):
-        x, row, part, what = index[i]
+        x, row, tags, split = index[i]
         joints, visible = _trim(x[row].transpose(3, 1, 2, 0)), None
         if joints.shape[2:] == (18, 3):  # Kinetics: the third channel is the score
             joints, visible = joints[..., :2], joints[..., 2]
-        tags = {"source": "st-gcn"}
-        if what == "preprocessed":
-            tags = {"source": "ms-g3d", "preprocessed": "msg3d"}
-        split = {protocol: "train" if part == "train" else "test"} if part else {}
         return dict(joints=joints, visible=visible, label=numbers[i], tags=tags, split=split)
 
     return ArraySet("MS-G3D / 2s-AGCN / ST-GCN arrays", names, numbers, record,
                     bodies=index[0][0].shape[4], notes=notes)
 
 # %% ../nbs/10_arrays.ipynb #7ddcb12a
-def _axes_of(place):
-    "How many axes an .npy's array has; 0 if that can't be read, or if it is a pickle."
-    try:
-        return len(Rows(*place).shape)
-    except (ValueError, OSError):
-        return 0
-
-
-def _is_alone(place):
-    "Whether a pickle holds one annotation, as mmaction2's tools write them."
-    try:
-        return "keypoint" in load_pickle(*place)
-    except (ValueError, TypeError):
-        return False
-
-
 def open_arrays(
     path,  # of a file, a folder or a .zip
     files,  # {name: place} of what the folder or zip holds, or of what lies beside a file, and it
@@ -474,39 +417,34 @@ def open_arrays(
     num_joints: int = 25,  # CTR-GCN: joints of a body
 ):  # a set of clips, or None if it is nothing of the kind
     "Open a data set in one of the array forms. ValueError if it is one, but bad."
-    again, path = (path, files, labels, num_joints), Path(path)
-    folder, base = lambda n: n.rpartition("/")[0], lambda n: n.rpartition("/")[2].lower()
-    own = [path.name] if files.get(path.name) == (path,) else sorted(files)
-    pick = lambda form, names=own: [n for n in names if re.fullmatch(form, base(n))]
-    arrays, pickles = pick(r".*\.npy"), pick(r".*(?<!label)\.(pkl|pickle)")
-    packed = pick(r".*\.npz")
-    sides = {"x_train.npy", "x_test.npy", "x_val.npy"}
-    whole = lambda n: len(packed) <= 16 and sides & {*_members(files[n])}
-    packed = [*filter(whole, packed)]
-    if own == [path.name] and arrays and not re.match("(train|val|test)_", base(path.name)):
-        arrays = arrays if _axes_of(files[path.name]) == 5 else []  # else an array of one clip
-    elif own != [path.name]:
-        arrays = pick(r"(train|val|test)_data(_joint)?\.npy")
-        arrays = [n for n in arrays if f"{n[:-4]}_joint.npy" not in arrays]
-    elif part := re.fullmatch(r"(train|val|test)_label\.(pkl|pickle)", base(path.name)):
-        arrays, labels = pick(rf"{part[1]}_data(_joint)?\.npy", sorted(files))[-1:], path
-        if not arrays:
+    path = Path(os.path.abspath(path))
+    files = {name: (os.path.abspath(file), *inner) for name, (file, *inner) in files.items()}
+    again, one = (path, files, labels, num_joints), files.get(path.name) == (str(path),)
+    pick = lambda form, names: [n for n in names if re.fullmatch(f"(.*/)?{form}", n.lower())]
+    first = lambda name: ("train" not in Path(name).name.lower(), name)  # training parts first
+    names = [path.name] if one else sorted(files, key=first)
+    if one and (part := re.fullmatch(r"(train|val|test)_label\.(pkl|pickle)", path.name.lower())):
+        names, labels = pick(rf"{part[1]}_data(_joint)?\.npy", files), path
+        if not names:
             raise ValueError(f"only labels; {part[1]}_data_joint.npy is missing beside it")
-    parts = {_split_of_file(name) for name in pickles}
-    sets = {*map(folder, arrays), *packed}
-    sets |= {re.sub("train|val|test", "", name.lower()) for name in pickles}
-    alone = len(pickles) > 1 and not arrays + packed
-    alone = alone and any(_is_alone(files[name]) for name in pickles[:8])  # some may be damaged
-    if not alone and (len(sets) > 1 or len(parts) < len(pickles)):
-        names = sorted({folder(n) or n for n in arrays} | {*packed, *pickles})
-        raise ValueError(f"holds several data sets; name one of them: {', '.join(names[:8])}")
-    first = lambda name: "train" not in base(name)  # the part for training comes first
+    arrays = pick(r"(train|val|test)_" + (r".*\.npy" if one else r"data(_joint)?\.npy"), names)
+    five = one and re.match(rb"(?s).NUMPY.*shape': \((\w+, ){4}\w+\)", Handles().read(0, 128, path))
+    arrays = names if five else [n for n in arrays if f"{n[:-4]}_joint.npy" not in arrays]
+    packed, pickles = pick(r".*\.npz", names), pick(r".*(?<!label)\.(pkl|pickle)", names)
+    sides = {"x_train.npy", "x_test.npy", "x_val.npy"}
+    packed = [n for n in packed if len(packed) <= 16 and sides & {*_members(files[n])}]
+    parts = [_PART.sub("", n.lower().replace("_data_joint", "_data"), 1) for n in arrays + pickles]
+    sets = sorted({n.rpartition("/")[0] or n for n in arrays} | {*packed, *pickles})
+    several = f"holds several data sets; name one of them: {', '.join(sets[:8])}"
+    several = several if len({*parts, *packed}) > 1 else ""
+    if several and arrays + packed:
+        raise ValueError(several)
     if arrays:
-        found = _msg3d(path, files, sorted(arrays, key=first), labels)
+        found = _msg3d(files, arrays, labels)
     elif packed:
         found = _ctrgcn(packed[0], files[packed[0]], num_joints)
     elif pickles:
-        found = _pyskl({name: files[name] for name in sorted(pickles, key=first)}, alone)
+        found = _pyskl({name: files[name] for name in pickles}, several)
     else:
         return None
     found.again, found.files = (open_arrays, again), arrays + packed + pickles

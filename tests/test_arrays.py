@@ -3,6 +3,7 @@ hostile and damaged input."""
 
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import time
@@ -174,7 +175,7 @@ def test_msg3d_folder_with_both_parts_and_bones(tmp_path):
     clips = open_clips(folder)
     assert len(clips) == 6 and [c.split["xsub"] for c in clips] == ["train"] * 3 + ["test"] * 3
     assert all(c.tags["preprocessed"] == "msg3d" for c in clips)
-    assert len(open_clips(folder / "val_label.pkl")) == 3
+    assert [c.split for c in open_clips(folder / "val_label.pkl")] == [{"xsub": "test"}] * 3
     for bad in ("train_data_bone", "train_data_joint_motion"):
         if bad != "train_data_bone":
             write_npy(folder, x, bad, [n.replace("R001", "R002") for n in NAMES])
@@ -238,6 +239,13 @@ def test_pickles_of_either_numpy(tmp_path, module, protocol):
     assert clip.label == 9
 
 
+def test_long_texts_of_numpy(tmp_path):
+    """To read one moved the file away under the unpickler: "list index out of range"."""
+    name = np.str_("walk" * 50)
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps([row_of(name, RAW[0])]))
+    assert open_clips(tmp_path / "a.pkl").names == [name]
+
+
 def test_parts_of_a_set_in_two_pickles(tmp_path):
     """Older pyskl and mmaction2 files are bare lists, one for training, one for the test; the
     file's name tells which."""
@@ -271,6 +279,19 @@ def test_arrays_in_any_memory_layout(tmp_path, protocol):
         clips = open_clips(tmp_path / "a.pkl")
         np.testing.assert_array_equal(clips[0].joints, kept.transpose(1, 0, 2, 3))
         assert "25 joints" in clips.summary and "2 bodies" in clips.summary
+
+
+def test_more_single_annotations_than_files_may_be_open(tmp_path):
+    """Each kept its file open: from the thousandth on, all were "not a pickle"."""
+    for i in range(100):
+        (tmp_path / f"v{i}.pkl").write_bytes(pickle.dumps(row_of(f"v{i}", RAW[0] + i)))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 80, hard))
+    try:
+        for clip in open_clips(tmp_path):
+            np.testing.assert_array_equal(clip.joints, RAW[0] + int(clip.name[1:]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_several_sets_in_one_place_are_told_not_merged(tmp_path):
@@ -634,6 +655,18 @@ def test_hostile_instructions(tmp_path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError):
         load_pickle(path)
+
+
+@pytest.mark.parametrize("begin, end", [
+    (b"}", b"K\x01s."),  # the key of a dictionary
+    (b"cnumpy.core.numeric\n_frombuffer\n(NN}N", b"tR."),  # the axes of an array
+    (b"B" + (600).to_bytes(4, "little") + bytes(600), b"R."),  # what long bytes are called with
+], ids=["key", "axes", "bytes"])  # fmt: skip
+def test_nothing_nested_is_hashed(tmp_path, begin, end):
+    """To hash tuples nested so deep ends the process."""
+    (tmp_path / "a.pkl").write_bytes(begin + b")" + b"\x85" * 300_000 + end)
+    with pytest.raises(ValueError, match="not a pickle"):
+        load_pickle(tmp_path / "a.pkl")
 
 
 def test_values_nested_without_end_are_refused_in_time(tmp_path):
