@@ -516,7 +516,7 @@ def test_a_folder_that_needs_a_word(tmp_path):
         (lambda p: write_pyskl(p, keypoint=None), "keypoint is missing"),
         (lambda p: write_pyskl(p, keypoint=[[1, 2]]), "must be an array"),
         (lambda p: write_pyskl(p, [k[0] for k in RAW]), "must be an array of 4 axes"),
-        (lambda p: write_pyskl(p, [np.where(k > 1, np.nan, k) for k in RAW]), "not finite"),
+        (lambda p: write_pyskl(p, [np.where(k > 1, np.nan, k) for k in RAW]), "not a finite"),
         (lambda p: write_pyskl(p, [np.zeros_like(k) for k in RAW]), "no body"),
         (lambda p: write_pyskl(p, keypoint_score=np.zeros((1, 2, 3))), "like the joints"),
     ],
