@@ -11,13 +11,10 @@ import json
 import os
 import re
 import shutil
-from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import islice
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +22,6 @@ import psutil
 from tqdm.auto import tqdm
 
 from .clips import Clip, ClipError, ntu_missing_skeletons
-from .files import read_items, start_worker
 
 # %% ../nbs/13b_store.ipynb #2d5dbf3f
 class StoreError(ValueError):
@@ -85,33 +81,36 @@ def read_header(folder, verify=False) -> dict:
     return header
 
 # %% ../nbs/13b_store.ipynb #e8e7acc0
+def _clip_or_error(clips, i):
+    "Clip i, or the ClipError of what it raises."
+    try:
+        return clips[i]
+    except Exception as e:  # also of a reader of one's own
+        return e if isinstance(e, ClipError) else ClipError(f"clip {i}", "", repr(e))
+
+
 def _read(clips, workers=0):
     "Clips in order, with a ClipError in place of each that can't be read. StoreError."
+    from torch import Generator  # slow to import
+    from torch.utils.data import DataLoader
+
     clips = [clips] if isinstance(clips, Clip) else clips
-    if not (hasattr(clips, "__len__") and hasattr(clips, "__getitem__")):
-        n = 0
+    if hasattr(clips, "__len__") and hasattr(clips, "__getitem__"):
+        numbers, read = range(len(clips)), partial(_clip_or_error, clips)
         try:
-            for n, clip in enumerate(clips, 1):
-                yield clip
-        except Exception as e:
-            raise StoreError(f"the reader of clips raised {e!r} after {n:,} of them") from e
+            yield from DataLoader(numbers, None, num_workers=workers, collate_fn=read,
+                                  generator=Generator())  # the global one stays as it is
+        except RuntimeError as e:
+            raise StoreError(f"a process that reads clips ended: {e}; use fewer workers (less "
+                             "memory), and `if __name__ == '__main__':` in a script") from e
         return
-    numbers = range(len(clips))
-    if not workers:
-        yield from (read_items([i], clips)[0] for i in numbers)
-        return
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (clips,))
+    n = 0
     try:
-        parts = (pool.submit(read_items, numbers[i : i + 16]) for i in numbers[::16])
-        ahead = deque(islice(parts, 3 * workers))
-        while ahead:  # no further ahead, so that memory stays bounded
-            yield from ahead.popleft().result()
-            ahead.extend(islice(parts, 1))
-    except BrokenProcessPool as e:
-        raise StoreError("a worker process ended: a script needs `if __name__ == '__main__':` "
-                         "before the build; else use fewer workers (less memory)") from e
-    finally:
-        pool.shutdown(cancel_futures=True)
+        for n, clip in enumerate(clips, 1):
+            yield clip
+    except Exception as e:
+        raise StoreError(f"the reader of clips raised {e!r} after {n:,} of them") from e
+
 
 # %% ../nbs/13b_store.ipynb #363f6d86
 def check_alike(a, b):
@@ -258,8 +257,8 @@ def build_store(
 ):
     """Build a store in bounded memory; nothing has the folder's name until all is done.
 
-    Files that can't be read are listed in the header; the class names of a ClipStore are kept. With
-    workers, a script needs `if __name__ == "__main__":`. StoreError names clips that don't fit.
+    Files that can't be read are listed in the header; the class names of a ClipStore are kept.
+    StoreError names clips that don't fit.
     """
     skip = ntu_missing_skeletons() if skip is None else skip
     if isinstance(skip, str) or isinstance(classes, str):

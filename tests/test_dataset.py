@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -444,9 +445,16 @@ def test_no_worker_stays_behind_a_killed_build(tmp_path):
         time.sleep(0.02)
     process.kill()
     process.wait()
-    time.sleep(2)
-    session = lambda stat: int(stat.read_text().rpartition(")")[2].split()[3])
-    assert process.pid not in map(session, Path("/proc").glob("[0-9]*/stat"))
+
+    def left():
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with suppress(OSError):  # it ended meanwhile
+                yield int(stat.read_text().rpartition(")")[2].split()[3]) == process.pid
+
+    until = time.time() + 15  # a DataLoader's workers look for their parent every five seconds
+    while any(left()) and time.time() < until:
+        time.sleep(0.1)
+    assert not any(left())
     assert list(tmp_path.glob("s.partial-*"))
     build(open_clips(source), tmp_path / "s")  # clears away what the killed one left
     assert there(tmp_path) == ["raw", "s"]
