@@ -17,7 +17,7 @@ from reprlib import repr as short
 
 import numpy as np
 
-from .arrays import open_arrays
+from .arrays import check_split, open_arrays
 from .files import ClipError, Clips, Files, expect, load_json, named, read_labels, reading
 from .poses import WAY, as_scores
 from .readers import (NTU_CLASSES, Clip, as_float32, class_names, name_tags,  # noqa: F401
@@ -59,16 +59,15 @@ def _recordings(files, members, kind):
 
 def _tell_folders(paths):
     "[(split, class)] that folders tell of recordings: kinetics_train/, test/, walk/; what not."
-    sides = [next(filter(None, map(_SIDE.fullmatch, path)), None) for path in paths]
-    names = [side and side[2].lower() for side in sides]
-    test = "test" if "test" in names else "val"
-    sides = [{"kinetics" if side[1] else "official": name.replace(test, "test")}
-             if name in ("train", test) else {} for side, name in zip(sides, names)]  # fmt: skip
+    splits = {}
+    for i, path in enumerate(paths):
+        for side in [*filter(None, map(_SIDE.fullmatch, path))][:1]:
+            split = "kinetics" if side[1] else "official"
+            splits.setdefault((split, side[2].lower()), []).append(i)
+    sides, notes = check_split(splits, {i: i for i in range(len(paths))})
     last = [next((f for f in path[:0:-1] if not _SIDE.fullmatch(f)), None) for path in paths]
     known = 1 < len({*last}) < len(last) and None not in last  # no folder each
-    aside = names.count("val") if test == "test" else 0
-    notes = [f"{aside:,} validation clips are on no side"] if aside else []
-    return [(side, own if known else None) for side, own in zip(sides, last)], notes
+    return [(sides.get(i, {}), own if known else None) for i, own in enumerate(last)], notes
 
 
 def _clip_of_file(files, recordings, tells, classes, kind, skeleton, i):
@@ -103,9 +102,8 @@ def _clip_of_arrays(arrays, skeleton, own, i):
     if kinect and name.upper().startswith("NTU"):  # CTR-GCN: names of the file
         words, skeleton = NTU_CLASSES.get(label), skeleton or SKELETONS["ntu25"]
     skeleton, words = raw.get("skeleton", skeleton), raw.get("class_name", words)
-    tags |= raw["tags"]
-    clip = Clip(joints, visible, name, label, skeleton, words, tags, raw["split"])
-    public = "preprocessed" in tags or joints.shape[2:] == (18, 2)  # keep their time index
+    clip = Clip(joints, visible, name, label, skeleton, words, tags | raw["tags"], raw["split"])
+    public = "preprocessed" in clip.tags or joints.shape[2:] == (18, 2)  # keep their time index
     return clip if public else clip.trim()
 
 # %% ../nbs/11_clips.ipynb #f2000003
@@ -177,14 +175,12 @@ def _refuse_unknown(files):
 
 def _find_kind(files, labels, num_joints):
     "(the set, None) of a set of arrays, or (None, kind) of files that hold one recording each."
-    places, taken, arrays = files.places(), [], None
+    places = files.places()
     try:
-        if arrays := open_arrays(files.path, places, labels, num_joints):
-            taken = arrays.files
+        arrays = open_arrays(files.path, places, labels, num_joints) or open_set(files)
+        taken = arrays.files if arrays else []
     except Exception as e:  # a ValueError, or what zipfile and the file system raise
         arrays, taken = e, [name for name in places if re.search(r"\.(pkl|pickle)$", name)]
-    if not arrays and (arrays := open_set(files)):
-        taken = [*map(os.path.basename, arrays.where)]
     there = [e for e in files.entries if not arrays or e[0] in places and e[0] not in taken]
     kinds = {kind: name for kind, name in files.kinds(there).items() if kind != "arrays"}
     if "npy" in kinds and (taken or len(kinds) > 1):
@@ -238,8 +234,6 @@ def open_clips(
     points the other way, and a last s is a score. ClipError when nothing known is there, with a
     list of what is known.
     """
-    if errors not in ("raise", "collect"):
-        raise ValueError(f'errors must be "raise" or "collect", got {errors!r}')
     if not isinstance(skeleton, (Skeleton, type(None))):
         raise ValueError(f"skeleton must be a Skeleton, such as SKELETONS['ntu25']: {skeleton!r}")
     if axes and sorted(axes.lower()) not in map(sorted, ("xy", "xyz", "xys", "xyzs")):

@@ -125,15 +125,13 @@ _LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
 _HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # files, and macOS clutter
 
 
-_KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays",
-          ".pickle": "arrays"}  # fmt: skip
+_KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays", ".pickle": "arrays"}
 _CONTENT = {  # what tells where the ending doesn't
     ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data" *: *\[',
               "poses": rb'keypoints|landmarks|joint_positions|"Skeletons"|"x" *:|'
                        rb'"(people|bodies)" *: *\['},
     ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
 _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
-_binary = lambda path: open(path, "rb")
 
 
 class Files:
@@ -243,15 +241,13 @@ class Files:
             return file
         again = "pack or fetch the archive again"
         with named(where, f"can't be read ({{}}): {again}"):  # zlib, encrypted members, …
-            archive = self.handles.get(zipfile.ZipFile if isinstance(part, str) else _binary, file)
             if isinstance(part, str):
-                with archive.open(part) as member:
+                with self.handles.get(zipfile.ZipFile, file).open(part) as member:
                     data = member.read(limit + 1)
             else:
-                archive.seek(part[0])
-                data = archive.read(min(part[1], limit + 1))
-                whole = len(data) == min(part[1], limit + 1)
-                expect(whole, f"the archive ends in this file: {again}")
+                at, size = part
+                data = self.handles.read(at, min(size, limit + 1), file)
+                expect(len(data) == min(size, limit + 1), f"the archive ends in this file: {again}")
         found = io.BytesIO(data)
         found.name = where
         return found
@@ -322,10 +318,8 @@ def read_labels(path) -> dict:
         head = [v.lower().replace("class_name", "class") for v in rows[0][1]] if rows else []
         if "name" not in head:
             head = [re.sub("^(file|clip|video)(_?name)?$", "name", v) for v in head]
-        if {"name", "class", "label"} & {*head}:
-            del rows[0]
-        else:
-            head = ["name", "class", "split"]
+        bare = not {"name", "class", "label"} & {*head}
+        head, rows = (["name", "class", "split"], rows) if bare else (head, rows[1:])
         known = "name" in head and {"class", "label"} & {*head}
         expect(known, "must have a column 'name', and 'class' or 'label'")
         classes = sorted({dict(zip(head, row)).get("class", "") for _, row in rows} - {""})
@@ -358,6 +352,7 @@ class Clips:
     """
 
     def __init__(self, path, title, names, read, where, mode="raise", **about):
+        expect(mode in ("raise", "collect"), f'errors must be "raise" or "collect": {mode!r}')
         self.path, self.title, self.names, self.read = Path(path), title, names, read
         self.places, self.mode, self.errors = where, mode, []
         self.about = {"joints": "", "bodies": 0, "classes": 0, "lost": 0, "unread": [], "notes": []}

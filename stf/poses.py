@@ -20,13 +20,13 @@ MAX_CELLS = 1_000_000  # bodies × frames
 MAX_PLACE = 1e5  # coordinates, in pixels, millimetres or metres
 
 
-def check_numbers(values, limit, place):
-    "A list of numbers as float64; ClipError unless all are int or float within ±limit."
+def check_numbers(values, place):
+    "A list of numbers as float64; ClipError unless all are int or float within ±MAX_PLACE."
     for v in values:
         if type(v) not in (int, float):
             expect(False, f"holds {short(v)}, where a number should be", place)
-        if not -limit <= v <= limit:
-            expect(False, f"holds a number beyond ±{limit:g}", place)
+        if not -MAX_PLACE <= v <= MAX_PLACE:
+            expect(False, f"holds a number beyond ±{MAX_PLACE:,g}", place)
     return np.array(values, dtype=np.float64)
 
 
@@ -85,7 +85,7 @@ def kinetics_people(content, V):
                 found += values
             frame.append(t)
     expect(frame, "no body in any frame")
-    pose, score = (check_numbers(x, MAX_PLACE, "data") for x in (pose, score))
+    pose, score = (check_numbers(x, "data") for x in (pose, score))
     score = as_scores(score, "score").reshape(-1, V)
     return np.array(frame), pose.reshape(-1, V, 2), score, max(seen) + 1
 
@@ -115,12 +115,11 @@ def _people(node, t=None, depth=0):
             return
         for key, called in _OTHERS.items():
             expect(key not in node, f"{called}: {WAY}")
-        if people := next((node[k] for k in _PEOPLE if isinstance(node.get(k), list)), None):
-            inside = [(t, person) for person in people]
-        else:
-            frames = next((node[k] for k in _FRAMES if isinstance(node.get(k), list)), None)
-            named = [(k, v) for k, v in node.items() if re.search(r"\d", k)]  # pictures by name
-            inside = named if frames is None else enumerate(frames)
+        people, frames = (next((node[k] for k in words if isinstance(node.get(k), list)), None)
+                          for words in (_PEOPLE, _FRAMES))  # fmt: skip
+        named = [(k, v) for k, v in node.items() if re.search(r"\d", k)]  # pictures by name
+        inside = named if frames is None else enumerate(frames)
+        inside = [(t, person) for person in people] if people else inside
     elif isinstance(node, list) and node and isinstance(node[0], dict) and "x" in node[0]:
         yield t, node, {"key": "landmarks"}
         return
@@ -139,7 +138,7 @@ def _person(points, more, place):
                   for p in points]  # fmt: skip
     flat = [v for p in points for v in p] if isinstance(points[0], list) else points
     width = len(points[0]) if isinstance(points[0], list) else 3
-    rows = check_numbers(flat, MAX_PLACE, place)
+    rows = check_numbers(flat, place)
     whole = width in (2, 3, 4) and len(rows) % width == 0
     expect(whole, "must be x, y and score of each point", place)
     rows = rows.reshape(-1, width)
@@ -147,7 +146,7 @@ def _person(points, more, place):
         rows, score = rows[:, :-1], rows[:, -1]
         score = score / 2 if score.max() == 2 and not (score % 1).any() else score  # COCO's flags
     else:
-        score = np.ones(len(rows)) if own is None else check_numbers(own, 2, place)
+        score = np.ones(len(rows)) if own is None else check_numbers(own, place)
     expect(len(score) == len(rows), f"has {len(rows)} points, {len(score)} scores", place)
     rows = rows * [1, -1, -1] if "world" in key else rows[:, :2] if marks else rows
     return rows, as_scores(score, place)
@@ -160,7 +159,7 @@ def pose_people(
     several, found = len(contents) > 1, []
     for name, content in contents.items():
         frame = re.findall(r"\d+", name)[-1:] if several else []
-        found += _people(content, int(frame[0]) if frame else None)
+        found += _people(content, *map(int, frame))
     expect(found, "no body in any frame, in the form of OpenPose, AlphaPose, COCO, mmpose or "
            "MediaPipe")  # fmt: skip
     made = [_person(points, more, f"person {i}") for i, (_, points, more) in enumerate(found)]

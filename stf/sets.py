@@ -42,8 +42,7 @@ def _numbers(data, d, span=None):
                f"{line[:24].decode('latin1')!r}", f"line {at}")  # fmt: skip
         rows.append(row)
     expect(rows, f"no frame with a number from {span[0]:g} to {span[1]:g}" if span else "is empty")
-    whole = len(rows) % d.lines == 0
-    expect(whole, whole or f"{len(rows)} lines are no whole frames of {d.lines}: it was cut off")
+    expect(len(rows) % d.lines == 0, f"{len(rows)} lines are no whole frames of {d.lines}")
     return np.array(rows)[:, d.before :]
 
 
@@ -128,8 +127,7 @@ def open_set(
         at, _, tags, span = clips[i]
         action, group = tags["action"], tags.get("pair", tags.get("subject"))
         with reading(files.open(at)) as (data, _):
-            most = len(d.classes)
-            expect(0 < action <= most, f"action {action}, but {d.title} has {most}")
+            expect(0 < action <= len(d.classes), f"action {action}, but it has {len(d.classes)}")
             joints = _metres(read(data, d, span), d)
         split = {p: "test" if group in tested else "train" for p, tested in d.tested.items()
                  if action in d.only.get(p, [action])}  # fmt: skip
@@ -138,5 +136,7 @@ def open_set(
 
     names, labels = [clip[1] for clip in clips], [clip[2]["action"] - 1 for clip in clips]
     opened = ArraySet(d.title, names, labels, record, bodies=d.bodies, lost=lost)
-    opened.again, opened.where = (open_set, (files,)), [files.where[clip[0]] for clip in clips]
+    opened.where = [files.where[clip[0]] for clip in clips]
+    opened.files = [files.names[clip[0]] for clip in clips]
+    opened.again = open_set, (files,)
     return opened
