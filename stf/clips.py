@@ -76,7 +76,7 @@ def _clip_of_file(files, recordings, tells, classes, kind, skeleton, i):
     at = [files.open(k) for k in numbers]
     clip = _READERS[kind][2](at if len(at) > 1 else at[0], name, skeleton)
     clip.split = clip.split or split
-    if own and clip.label is None:
+    if own in classes and clip.label is None:
         clip.label, clip.class_name = classes.index(own), own
     return clip
 
@@ -135,19 +135,18 @@ def _turned(read, axes, i):
 
 
 # %% ../nbs/11_clips.ipynb #8b776680
-def _many_files(files, kind, skeleton, errors):
-    "The Clips of files that hold one recording each."
+def _many_files(files, kind, skeleton, errors, listed):
+    "The Clips of files that hold one recording each. `listed`: a list tells their classes."
     ending, title, _ = _READERS[kind]
     members = [i for i, name in enumerate(files.names) if name.lower().endswith(ending)]
     expect(members, f"no {ending} file here")
     recordings = _recordings(files, members, kind)
     tells, notes = _tell_folders([folders for *_, folders in recordings])
     names, classes = [name for _, name, _ in recordings], sorted({own for _, own in tells} - {None})
-    actions = {tags["action"] for tags in map(name_tags, names) if tags}
-    read = partial(_clip_of_file, files, recordings, tells, classes, kind, skeleton)
+    known = {tags["action"] for tags in map(name_tags, names) if tags} or classes
+    read = partial(_clip_of_file, files, recordings, tells, classes * (not listed), kind, skeleton)
     where = [files.where[numbers[0]] for numbers, *_ in recordings]
-    return Clips(files.path, title, names, read, where, errors, classes=len(actions or classes),
-                 notes=notes)
+    return Clips(files.path, title, names, read, where, errors, notes=notes, classes=len(known))
 
 
 # %% ../nbs/11_clips.ipynb #f2000004
@@ -199,22 +198,20 @@ def _find_kind(files, labels, num_joints):
 
 # %% ../nbs/11_clips.ipynb #f2000005
 def _rows_of(table, names):
-    "[(i, its row)] of the clips that have a skeleton, and what to tell. ClipError: none is listed."
+    "{i: its row} of the clips in a table, and what to tell. ClipError: none, or one is twice."
     ending = re.compile(r"(_rgb)?\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", re.IGNORECASE)
     bare = lambda name: ending.sub("", name)
     if not {*map(bare, table)} & {*map(bare, names)}:
         bare = lambda name: ending.sub("", name).rpartition("/")[2]  # videos/v00.mp4
-    table, keys = {bare(name): row for name, row in table.items()}, [*map(bare, names)]
-    twice = next((key for key, n in Counter(keys).items() if n > 1 and key in table), None)
-    expect(not twice, f"{twice!r} is several files here: name them with their folders")
-    absent = len({*table} - {*keys})
-    expect(absent < len(table), f"none of its {absent:,} names is here: "
-           f"{short(next(iter(table)))}, but there is {names[0]!r}")  # fmt: skip
-    none = None, None, {}, {}
-    rows = [(i, row) for i, key in enumerate(keys) if (row := table.get(key, none))]
-    expect(rows, "it says that none of these clips has a skeleton")
-    missing = sum(row is none for _, row in rows)
-    notes = [f"{missing:,} not in the labels"] * bool(missing)
+    own, keys = {bare(name): row for name, row in table.items()}, [*map(bare, names)]
+    there = own.keys() & {*keys}
+    expect(there, f"none of its {len(table):,} names is here: {short(next(iter(own), None))}, "
+           f"but there is {names[0]!r}")  # fmt: skip
+    differ = [key for name, row in table.items() if row != own[key := bare(name)]]
+    key, n = Counter(key for key in keys + differ if key in there).most_common(1)[0]
+    expect(n == 1, f"{key!r} stands for several: name each with its folder")
+    rows, absent = {i: own[key] for i, key in enumerate(keys) if key in own}, len(own) - len(there)
+    notes = [f"{len(keys) - len(rows):,} not in the labels"] * (len(rows) < len(keys))
     return rows, notes + [f"{absent:,} more in the labels alone"] * bool(absent)
 
 
@@ -243,30 +240,33 @@ def open_clips(
         raise ClipError(labels, "", "no such file of labels")
     path = Path(path).expanduser()
     with named(path, "{}"):
-        stored = [os.path.isfile(path / name) for name in ("header.json", "rows.npy", "joints.npy")]
-        store = stored[0] and any(stored[1:])
-        expect(not store, "a prepared store: open it with stf.dataset.ClipStore")
+        stored, *of = ((path / n).is_file() for n in ("header.json", "rows.npy", "joints.npy"))
+        expect(not (stored and any(of)), "a prepared store: open it with stf.dataset.ClipStore")
         expect(kind in (None, *_READERS), f"unknown kind {kind!r}; known are {', '.join(_READERS)}")
         files, arrays = Files(path), None
         if kind is None:
             V = skeleton.num_joints if skeleton else 25
             arrays, kind = _find_kind(files, labels if pickled else None, V)
+        listed = files.label_list() if kind == "kinetics" else {}
         if arrays:
             where = getattr(arrays, "where", [f"{path}/{name}" for name in arrays.names])
             read = partial(_clip_of_arrays, arrays, skeleton, _own_classes(arrays))
             clips = Clips(path, arrays.title, arrays.names, read, where, errors, **arrays.about)
         else:
-            clips = _many_files(files, kind, skeleton, errors)
-        table = files.label_list() if kind == "kinetics" else {}
+            clips = _many_files(files, kind, skeleton, errors, listed)
+        rows = _rows_of(listed, clips.names)[0] if listed else {}
     clips.about["unread"] = files.unread
-    if given := labels is not None and not (pickled and "ST-GCN" in clips.title):
-        table |= labels if isinstance(labels, dict) else read_labels(labels)
-    if table:
-        with named(labels if given else path):
-            rows, notes = _rows_of(table, clips.names)
+    if labels is not None and not (pickled and "ST-GCN" in clips.title):
+        own = isinstance(labels, dict)
+        with named("labels" if own else labels, "{}"):
+            told, notes = _rows_of(labels if own else read_labels(labels), clips.names)
+        rows |= {i: row for i, row in told.items() if rows.get(i, ()) is not None}
+        clips.about["notes"] = clips.about["notes"] + notes
+    if rows:
+        rows = [(i, row) for i in range(len(clips)) if (row := rows.get(i, (None, None, {}, {})))]
+        expect(rows, "the labels say that none of these clips has a skeleton", path)
         clips.about["classes"] = len({label for _, (label, *_) in rows} - {None})
         clips.about["lost"] += len(clips) - len(rows)
-        clips.about["notes"] = clips.about["notes"] + notes * given
         clips.names, clips.places = ([of[i] for i, _ in rows] for of in (clips.names, clips.places))
         clips.read = partial(_told, clips.read, rows)
     if axes:

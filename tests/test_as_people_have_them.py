@@ -255,13 +255,43 @@ def test_a_table_of_names_that_several_files_have(person, tmp_path):
     """run/01 and walk/01 would both get the row of 01."""
     for folder in ("run", "walk"):
         written(tmp_path / "in" / folder, plain, {"01": person})
-    for name, told in (("01", "'01' is several files here"), ("run/01", None)):
+    for name, told in (("01", "'01' stands for several"), ("run/01", None)):
         (tmp_path / "names.csv").write_text(f"name,class\n{name},jump\n")
         if told:
             with pytest.raises(ClipError, match=told):
                 open_clips(tmp_path / "in", labels=tmp_path / "names.csv")
     clips = open_clips(tmp_path / "in", labels=tmp_path / "names.csv")
     assert [clip.class_name for clip in clips] == ["jump", None]
+
+
+def test_rows_of_two_clips_of_one_name(person, tmp_path):
+    """Of rows for run/01 and walk/01, the last was taken for 01."""
+    written(tmp_path / "in", plain, {"01": person})
+    (tmp_path / "names.csv").write_text("name,class\nrun/01.mp4,run\nwalk/01.mp4,walk\n")
+    with pytest.raises(ClipError, match="'01' stands for several"):
+        open_clips(tmp_path / "in", labels=tmp_path / "names.csv")
+
+
+@pytest.mark.parametrize("names, found", [
+    ("v/a.mp4 v/b.mp4", [("a", 0, "jump")]),  # was not used, as the list has an a
+    ("z", "names.csv: none of its 1 names is here"), ("", [("a", 7, "w"), ("c", None, None)]),
+])  # fmt: skip
+def test_a_table_beside_a_label_list(names, found, person, tmp_path):
+    """A table was hidden by the list, and classes of folders were mixed with those of the list."""
+    written(tmp_path / "in/run", kinetics, {"a": person, "b": person})
+    written(tmp_path / "in/walk", kinetics, {"c": person})
+    entry = {"label": "w", "label_index": 7}
+    listed = {"a": entry, "b": {**entry, "has_skeleton": False}}
+    (tmp_path / "in/x_label.json").write_text(json.dumps(listed))
+    table = tmp_path / "names.csv"
+    table.write_text("name,class\n" + "".join(f"{name},jump\n" for name in names.split()))
+    try:
+        clips = open_clips(tmp_path / "in", labels=table if names else None)
+        assert clips.names == ["a", "c"]
+        told = [(clip.name, clip.label, clip.class_name) for clip in clips]
+        assert told[: len(found)] == found
+    except ClipError as e:
+        assert found in str(e)
 
 
 def test_options_of_recordings_are_refused_for_a_store(person, stf):
