@@ -9,6 +9,7 @@ __all__ = ['StoreError', 'sign', 'read_header', 'check_alike', 'build_store']
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
 from collections import Counter
@@ -84,7 +85,8 @@ def read_header(folder, verify=False) -> dict:
 def _clip_or_error(clips, i):
     "Clip i, or the ClipError of what it raises."
     try:
-        return clips[i]
+        pickle.dumps(clip := clips[i])  # a worker that can't hand it back would never end
+        return clip
     except Exception as e:  # also of a reader of one's own
         return e if isinstance(e, ClipError) else ClipError(f"clip {i}", "", repr(e))
 

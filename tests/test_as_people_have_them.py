@@ -458,6 +458,14 @@ def test_a_reader_of_ones_own_that_raises(person, tmp_path):
         "path": ["clip 1"], "place": [""], "reason": ["KeyError('joints')"]}  # fmt: skip
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_clip_that_no_worker_can_hand_back(workers, person, tmp_path):
+    """The build waited for it without end."""
+    clips = [Clip(person, name="a", label=0), Clip(person, name="b", tags={"at": lambda: 0})]
+    store = ClipStore.build(clips, tmp_path / "store", progress=False, workers=workers)
+    assert store.names == ["a"] and "pickle" in store.refused["reason"][0]
+
+
 # --- what people have, and want to use
 @pytest.mark.parametrize("form, names", [
     ("{0}/{0}_{1:012d}_keypoints.json", ["run", "walk"]),  # a folder each
