@@ -99,12 +99,8 @@ def _read(clips, workers=0):
     clips = [clips] if isinstance(clips, Clip) else clips
     if hasattr(clips, "__len__") and hasattr(clips, "__getitem__"):
         numbers, read = range(len(clips)), partial(_clip_or_error, clips)
-        try:
-            yield from DataLoader(numbers, None, num_workers=workers, collate_fn=read,
-                                  generator=Generator())  # the global one stays as it is
-        except RuntimeError as e:
-            raise StoreError(f"a process that reads clips ended: {e}; use fewer workers (less "
-                             "memory), and `if __name__ == '__main__':` in a script") from e
+        yield from DataLoader(numbers, None, num_workers=workers, collate_fn=read,
+                              generator=Generator())  # the global one stays as it is
         return
     n = 0
     try:
@@ -237,6 +233,9 @@ def _written_aside(place):
             os.rename(place, old)
         os.rename(aside, place)
         shutil.rmtree(old, ignore_errors=True)
+    except RuntimeError as e:  # PyTorch raises it wherever this process is when a worker ends
+        raise StoreError(f"a process that reads clips ended: {e}; use fewer workers (less "
+                         "memory), and `if __name__ == '__main__':` in a script") from e
     except OSError as e:
         there = next(p for p in (aside, *aside.parents) if os.path.exists(p))
         raise StoreError(

@@ -466,6 +466,17 @@ def test_a_clip_that_no_worker_can_hand_back(workers, person, tmp_path):
     assert store.names == ["a"] and "pickle" in store.refused["reason"][0]
 
 
+def test_a_worker_that_ends_while_a_clip_is_written(person, tmp_path, monkeypatch):
+    """PyTorch's handler of that signal raises in the middle of anything: a bare RuntimeError."""
+
+    def ended(*_):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    monkeypatch.setattr("stf.store.check_alike", ended)
+    with pytest.raises(StoreError, match="a process that reads clips ended: DataLoader worker"):
+        ClipStore.build(Clip(person, label=0), tmp_path / "store", progress=False)
+
+
 # --- what people have, and want to use
 @pytest.mark.parametrize("form, names", [
     ("{0}/{0}_{1:012d}_keypoints.json", ["run", "walk"]),  # a folder each
