@@ -240,8 +240,8 @@ def open_clips(
         raise ClipError(labels, "", "no such file of labels")
     path = Path(path).expanduser()
     with named(path, "{}"):
-        stored, *of = ((path / n).is_file() for n in ("header.json", "rows.npy", "joints.npy"))
-        expect(not (stored and any(of)), "a prepared store: open it with stf.dataset.ClipStore")
+        head, *data = ((path / n).is_file() for n in ("header.json", "rows.npy", "joints.npy"))
+        expect(not (head and any(data)), "a prepared store: open it with stf.dataset.ClipStore")
         expect(kind in (None, *_READERS), f"unknown kind {kind!r}; known are {', '.join(_READERS)}")
         files, arrays = Files(path), None
         if kind is None:

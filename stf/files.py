@@ -292,7 +292,7 @@ class Files:
 # %% ../nbs/10b_files.ipynb #f2000001
 def _label_list(content):
     "{name: (label, class name)} of a Kinetics label list's JSON; None: without a skeleton."
-    for name, entry in content.items():
+    for name, entry in content.items() if isinstance(content, dict) else [("a list", None)]:
         entry = entry if isinstance(entry, dict) else {}
         label, words = entry.get("label_index"), entry.get("label")
         whole = type(label) is int and label >= 0 and isinstance(words, str)
@@ -310,7 +310,7 @@ def read_labels(path) -> dict:
     """
     with reading(path) as (data, _), named("", "not a table in UTF-8 (save as CSV UTF-8): {}"):
         text = data.decode("utf-8-sig")
-        if text.lstrip().startswith("{"):
+        if text.lstrip().startswith(("{", "[")):
             return _label_list(load_json(data))
         comma = max(",;\t", key=text.partition("\n")[0].count)
         lines = enumerate(csv.reader(io.StringIO(text), delimiter=comma), 1)

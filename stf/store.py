@@ -99,6 +99,7 @@ def _read(clips, workers=0):
     clips = [clips] if isinstance(clips, Clip) else clips
     if hasattr(clips, "__len__") and hasattr(clips, "__getitem__"):
         numbers, read = range(len(clips)), partial(_clip_or_error, clips)
+        workers = min(workers, len(clips), os.cpu_count())
         yield from DataLoader(numbers, None, num_workers=workers, collate_fn=read,
                               generator=Generator())  # the global one stays as it is
         return
