@@ -39,7 +39,7 @@ class Handles(threading.local):
 
 
 def _open_place(path, *members):
-    "(file, size) of a file, or of a member of a zip (of a member of a zip …), to be read anywhere."
+    "(open file, its size) of a file, or of a member of a zip (in a member of a zip …)."
     file, size = (path, 0) if hasattr(path, "read") else (open(path, "rb"), os.path.getsize(path))
     for member in members:
         archive = zipfile.ZipFile(file)
@@ -48,7 +48,7 @@ def _open_place(path, *members):
 
 # %% ../nbs/10_arrays.ipynb #c7f2446f
 class Rows:
-    """The rows of an .npy (path, member, …), read one by one: shape, dtype, rows[i]. ValueError."""
+    """Rows of an .npy (path, member, …): shape, dtype, len(rows), rows[i]. ValueError if unfit."""
 
     def __init__(self, *place):
         self.place, self.handles = place, Handles()
@@ -59,7 +59,7 @@ class Rows:
         whole = self.shape and 0 < self.row <= 1 << 27 and self.row * len(self) == size - self.start
         why = "holds Python objects (a pickle)" if self.dtype.hasobject else (
             "is in Fortran order: save its np.ascontiguousarray" if fortran and self.shape[1:] else
-            "" if whole and self.dtype.kind in "fiub" else f"needs other than {size:,} bytes")
+            "" if whole and self.dtype.kind in "fiub" else "is cut off, empty, or not of numbers")
         if why:
             raise ValueError(f"no plain array of recordings: {self.dtype} {self.shape} {why}")
 
@@ -167,7 +167,7 @@ class ArraySet:
     """The recordings of a data set in a few large files, in order.
 
     `names`, `labels`, `title`, `about` (bodies, classes, lost: how many; notes); record(i): a
-    dictionary of joints (M,T,V,C), visible (M,T,V) or None, label, tags and split, or ValueError.
+    dictionary of joints (M,T,V,C), label, tags, split, and visible (M,T,V) if known; or ValueError.
     """
 
     def __init__(self, title, names, labels, record, **about):
@@ -412,7 +412,7 @@ def _msg3d(files, arrays, labels=None):
 # %% ../nbs/10_arrays.ipynb #7ddcb12a
 def open_arrays(
     path,  # of a file, a folder or a .zip
-    files,  # {name: place} of what the folder or zip holds, or of what lies beside a file, and it
+    files,  # {name: place} of what a folder or zip holds; of a file, and what lies beside it
     labels=None,  # MS-G3D: the label pickle, if it doesn't lie beside
     num_joints: int = 25,  # CTR-GCN: joints of a body
 ):  # a set of clips, or None if it is nothing of the kind

@@ -119,7 +119,7 @@ def _told(read, rows, k):
 
 
 def _turned(read, axes, i):
-    "Clip i in metres with y up, or in an image, where its coordinates are `axes`."
+    "Clip i, whose coordinates are `axes`, as x, y, z (and scores); its units stay."
     clip = read(i)
     x, seen = clip.joints, clip.visible
     if clip.scored:
@@ -220,7 +220,7 @@ def open_clips(
     kind: str | None = None,  # ntu, ucla, kinetics, poses, plain or npy; None: found out
     skeleton: Skeleton | None = None,  # your own body layout, where the files don't say it
     errors: str = "raise",  # at the first bad file, or "collect": leave bad ones out and list them
-    labels=None,  # a table (.csv), a label list (Kinetics) or pickle (.npy); None: looked for
+    labels=None,  # a table (.csv), Kinetics' list, MS-G3D's pickle; None: the last two, if there
     axes: str | None = None,  # what the coordinates are, if not x, y up, z: xYz is y down
 ) -> Clips:
     """Find out what is at a path and read it clip by clip, in the order of names.

@@ -137,8 +137,8 @@ _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
 class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
-    `names`, sorted; `where` what messages call each; `unread`: archives beside loose recordings,
-    and what can't be had. open(i) gives a file's bytes. ClipError if one can't be read.
+    `names`, sorted; `where`: what messages call each; `unread`: archives beside loose recordings,
+    and what can't be had. ClipError for a place that isn't there, or a damaged archive.
     """
 
     def __init__(self, path):

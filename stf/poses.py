@@ -51,7 +51,7 @@ def rank_bodies(
     frames: int,  # T
     most: int = 5,  # people kept of each frame
 ) -> tuple:  # joints (M,T,V,C), visible (M,T,V), both float32
-    "Bodies of people by the sum of their scores in each frame, highest first. ClipError: nobody."
+    "Bodies of people by score in each frame, highest sum first. ClipError: nobody, or too many."
     order = np.lexsort((np.arange(len(frame)), -score.sum(1), frame))
     rank = np.empty(len(frame), np.int64)
     rank[order] = np.arange(len(frame)) - np.searchsorted(frame[order], frame[order])

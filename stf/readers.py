@@ -37,8 +37,8 @@ class Clip:
 
     An absent body has joints 0 and visible 0 in that frame. `guessed`: the skeleton is known by its
     number of joints alone; `scored`: a third coordinate in 0..1 beside hundreds became `visible`.
-    ClipError for wrong shapes, NaN or infinity, visibility outside 0..1, no frame, nobody seen in
-    any frame, a skeleton with another number of joints, or a side other than train and test.
+    ClipError for wrong shapes or types, a coordinate that is NaN or beyond ±MAX_PLACE, visibility
+    outside 0..1, nobody seen in any frame, a skeleton of other joints, or an unknown side.
     """
 
     joints: np.ndarray  # (M,T,V,C) float32
@@ -386,7 +386,7 @@ def read_plain(
     name: str | None = None,  # of the clip; None: the one in the file, then the file's
     skeleton: Skeleton | None = None,  # the body layout; None: the one in the file
 ) -> Clip:
-    "Read one's own recording in the plain form (an .npz with `joints` and what else is known)."
+    "Read one's own recording: the plain form (.npz), or an array of one clip (.npy). ClipError."
     with reading(source, name, 1 << 28) as (data, name):
         alone = data.startswith(b"\x93NUMPY")
         V = skeleton.num_joints if skeleton else 25
@@ -412,7 +412,7 @@ def read_plain(
             except (TypeError, ValueError) as e:
                 known = f"known are {', '.join(SKELETONS)}, or its description as JSON ({e})"
                 expect(False, f"{short(text)} is not known; {known}", "skeleton")
-        split = re.sub(r"^(\w+)$", r'{"official": "\1"}', own.get("split", "{}"))  # one's only one
+        split = re.sub(r"^(\w+)$", r'{"official": "\1"}', own.get("split", "{}"))  # a side alone
         tags, split = (load_json(text.encode()) for text in (own.get("tags", "{}"), split))
         own_tags, by_name, words = ntu_words(name := own.get("name", name))
         if isinstance(tags, dict):

@@ -105,7 +105,7 @@ def _florence3d(files, members, d):
 def open_set(
     files,  # stf.files.Files
 ):  # an ArraySet whose records also have class_name and skeleton; None: none of these sets
-    "The clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError if incomplete."
+    "Clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError: incomplete, or two."
     where = {i: os.path.abspath(w).replace("\\", "/") for i, w in enumerate(files.where)
              if w.lower().endswith((".txt", ".mat"))}  # fmt: skip
     tags = lambda m: {k: v if k == "pair" else int(v) for k, v in m.groupdict().items()}

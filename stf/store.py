@@ -92,7 +92,7 @@ def _clip_or_error(clips, i):
 
 
 def _read(clips, workers=0):
-    "Clips in order, with a ClipError in place of each that can't be read. StoreError."
+    "Clips in order, with a ClipError in place of each bad one. StoreError if reading breaks off."
     from torch import Generator  # slow to import
     from torch.utils.data import DataLoader
 
@@ -249,7 +249,7 @@ def _written_aside(place):
 # %% ../nbs/13b_store.ipynb #cb291a1f
 def build_store(
     clips,  # Clips (and ClipErrors): what open_clips gives, or any iterable
-    folder,  # must not exist yet
+    folder,  # new, or a store that is there, with overwrite
     classes=None,  # all class names in the order of labels; None: those that occur
     skip=None,  # names to leave out; None: NTU's official list of missing skeletons
     strict: bool = False,  # stop at the first file that can't be read

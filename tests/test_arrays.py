@@ -551,13 +551,13 @@ def test_bad_npy(tmp_path):
     assert "val_label.pkl" in open_clips(path).summary and open_clips(path)[1].label is None
     for x, reason in ((npy_array()[0], "must be"),
                       (npy_array()[:2], "2 clips, but val_label.pkl 3"),
-                      (npy_array().astype(complex), "plain array"),
+                      (npy_array().astype(complex), "plain array.*not of numbers"),
                       (np.asfortranarray(npy_array()), "plain array.*is in Fortran order")):
         with pytest.raises(ClipError, match=reason):
             open_clips(write_npy(tmp_path / "b", x))
     path = write_npy(tmp_path / "c", npy_array())
     path.write_bytes(path.read_bytes()[:-4])
-    with pytest.raises(ClipError, match="needs"):
+    with pytest.raises(ClipError, match="cut off"):
         open_clips(path)
     with pytest.raises(ClipError, match="only labels"):
         (tmp_path / "d").mkdir()
