@@ -354,6 +354,9 @@ def _scores_of(source, store, protocol):
     from stf.evaluate import Scores, predict_scores
 
     path = Path(source)
+    folds = sorted(map(str, path.parent.glob(f"{path.name}-fold*")))
+    if folds and not path.exists():
+        raise ConfigError(f"{source} was trained in folds, each a run: {' '.join(folds)}")
     if path.suffix == ".npz" or not store and (path / "scores.npz").exists():
         return Scores.load(path if path.suffix == ".npz" else path / "scores.npz")
     net, header = load_checkpoint(path)

@@ -321,7 +321,7 @@ def read_labels(path) -> dict:
         bare = not {"name", "class", "label"} & {*head}
         head, rows = (["name", "class", "split"], rows) if bare else (head, rows[1:])
         known = "name" in head and {"class", "label"} & {*head}
-        expect(known, "must have a column 'name', and 'class' or 'label'")
+        expect(known, f"must have a column 'name', and 'class' or 'label'; has {', '.join(head)}")
         classes = sorted({dict(zip(head, row)).get("class", "") for _, row in rows} - {""})
         if classes and all(re.fullmatch(r"-?\d+", words) for words in classes):
             head[head.index("class")] = "label"

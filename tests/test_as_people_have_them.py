@@ -616,3 +616,10 @@ def test_a_refused_training_leaves_no_configuration(person, stf):
     ClipStore.build(clips, "store", progress=False)
     assert stf("train synthetic --data store --protocol xsub --folder run")[0] == 2
     assert not Path("run/config.json").exists()
+
+
+def test_folds_are_named_where_a_run_is_asked_for(stf):
+    """A public checkpoint was offered to be imported."""
+    for k in (1, 2):
+        Path(f"run-fold{k}").mkdir()
+    assert "run was trained in folds, each a run: run-fold1 run-fold2" in stf("evaluate run")[2]
