@@ -241,8 +241,12 @@ def test_a_file_of_labels_is_used_or_refused(form, person, stf):
     Path("other.json").write_text('{"z.mp4": {"label": "walk", "label_index": 0}}')
     Path("other.csv").write_text("name,class\nz.npz,walk\n")
     Path("empty.csv").write_text("name,class\n")
+    Path("empty.json").write_text("{}")
+    Path("numbers.json").write_text("[1, 2]")
     for command in ("prepare in store", "predict in"):
         for labels, told in (("no.json", "no such file of labels"), ("empty.csv", "names no clip"),
+                             ("empty.json", "none of its 0 names is here"),
+                             ("numbers.json", "'a list': must have label (text) and label_index"),
                              ("other.json", "none of its 1 names is here: 'z', but there is 'own'"),
                              ("other.csv", "none of its 1 names is here: 'z', but")):  # fmt: skip
             code, _, err = stf(f"{command} --labels {labels}")
@@ -464,6 +468,16 @@ def test_a_clip_that_no_worker_can_hand_back(workers, person, tmp_path):
     clips = [Clip(person, name="a", label=0), Clip(person, name="b", tags={"at": lambda: 0})]
     store = ClipStore.build(clips, tmp_path / "store", progress=False, workers=workers)
     assert store.names == ["a"] and "pickle" in store.refused["reason"][0]
+
+
+def test_no_more_workers_than_there_is_to_read(person, tmp_path, monkeypatch):
+    """`--workers 1000` started a thousand processes for forty clips."""
+    asked, clips = [], [Clip(person, name=name, label=0) for name in NAMES]
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    loader = lambda *_, num_workers, **more: asked.append(num_workers) or iter(clips)
+    monkeypatch.setattr("torch.utils.data.DataLoader", loader)
+    ClipStore.build(clips, tmp_path / "store", progress=False, workers=1000)
+    assert asked == [4]
 
 
 def test_a_worker_that_ends_while_a_clip_is_written(person, tmp_path, monkeypatch):
