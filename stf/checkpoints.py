@@ -236,7 +236,8 @@ def start_from(
     given, own = read_header(path), net.state_dict()
     header = {**header, **vars(net), "skeleton": asdict(net.skeleton)}
     other_head = new_head and given["classes"] != list(header["classes"])
-    keys = ("stream", "preprocess", *_USUAL, *(k for k in net.hparams if k != "num_classes"))
+    sizes = (k for k in net.hparams if k not in ("num_classes", "beta_kernel"))
+    keys = ("stream", "preprocess", *_USUAL, *sizes)
     for key in ("classes", "skeleton", *keys)[other_head:]:
         pair = (of.get(key, _USUAL.get(key)) for of in (header, given))
         mine, other = (str(json.loads(json.dumps(value))) for value in pair)
@@ -246,11 +247,12 @@ def start_from(
     fresh = ("stf.", getattr(net, "HEAD", "fc."))[: 1 + other_head]
     weights = {k: v for k, v in read_tensors(path).items() if not k.startswith(fresh[1:])}
     same = {k for k, v in weights.items() if k in own and own[k].shape == v.shape}
-    missing = sorted(k for k in own if k not in same and not k.startswith(fresh))
+    missing = sorted(k for k in own.keys() - same if k in weights or not k.startswith(fresh))
     if missing or weights.keys() - own:
         unknown = sorted(weights.keys() - own)
         raise ConfigError(f"can't start from {path} ({given['model']}): {len(missing)} tensors are "
-                          f"missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
+                          f"missing or of another shape {missing[:3]}, {len(unknown)} unknown "
+                          f"{unknown[:3]}")
     net.load_state_dict(own | weights)
     return net
 

@@ -30,11 +30,11 @@ from .checkpoints import (LONGEST, CheckpointError, ConfigError, batch_options, 
 from .clips import class_names
 from .dataset import Batches, ClipStore, splits
 from .evaluate import Scores, average, predict_scores, top_k, write_file
-from .losses import LossWeights, STFLoss
+from .losses import NORMS, LossWeights, STFLoss
 from .preparation import BODY_RULES, PRESETS, STREAMS, TIMES, Augment
 from .process import environment, in_use, memory_advice, one_accelerator, stop_signals
 from .skeleton import SKELETONS
-from .stf_module import adjacency_statistics
+from .stf_module import BETA_KERNELS, adjacency_statistics
 
 # %% ../nbs/22_train.ipynb #d17be086
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class Config:
     g3d_scales: int = 6  # scales of the windowed ones
     windows: tuple[int, ...] = (3, 5)  # frames of their windows
     exact: bool = True  # A_k links joints at exactly k hops; False: at most k
+    beta_kernel: Literal[tuple(BETA_KERNELS)] = "3x1"  # frames × joints, of β's convolutions
     dropout: float = 0.5  # share of the features that training leaves out (stgcn)
     init: str | None = None  # checkpoint or run to start from; None: from scratch
     train_only: Literal["", "head"] = ""  # head: the last layer alone is trained; empty: everything
@@ -83,10 +84,15 @@ class Config:
     lambda_c: float = 0.1  # weight of the coherence loss
     lambda_g: float = 0.01  # weight of the adjacency loss
     score: Literal["probability", "logit"] = "probability"  # what the focus differentiates
-    norm: Literal["frobenius", "rms"] = "frobenius"  # of differences of maps
+    norm: Literal[NORMS] = "rms"  # of differences of maps (L_d, L_c)
     coherence: Literal["pathways", "blocks"] = "pathways"  # which maps L_c compares
     guide: bool = False  # L_c: the higher map is a target
+    divergence: Literal["distance", "overlap"] = "distance"  # L_d: minus the one, or the other
+    exploration: Literal["probability", "score"] = "probability"  # what L_e lowers
     mask: Literal["all", "coordinates"] = "all"  # channels that L_e masks (coordinates: 3 of 4)
+    mask_gradient: bool = True  # L_e's gradient also flows through Q
+    norm_g: Literal[NORMS] = "rms"  # of L_Gk
+    modules_g: Literal["sum", "mean"] = "sum"  # L_Gk over the modules
     control: Literal["", "shuffled", "random"] = ""  # wrong focus, another clip's (g) or random (e)
     stf_lr: float = 1e-3  # initial rate of a second stage that starts from this run
     stf_epochs: int = 50  # the second stage's epochs (not in the paper; as many as the first)
@@ -158,6 +164,8 @@ class Config:
         "From to_json's text, of earlier versions too. ConfigError for what has no meaning now."
         values = {**json.loads(text)}
         values.pop("evaluate_every", None)  # which decided nothing
+        if "norm" in values and "norm_g" not in values:  # earlier versions had one for all
+            values |= {"norm_g": values["norm"], "modules_g": "mean"}
         for key, default in _DROPPED.items():
             if (value := values.pop(key, default)) != default:
                 raise ConfigError(f"{key}={value!r} has no meaning in this version of stf")
@@ -174,7 +182,8 @@ class Config:
 
 # %% ../nbs/22_train.ipynb #e3c84868
 _DROPPED = dict(version=1, ema=0.0, sync_bn=False, nesterov=True, decay=0.1)
-_FOCUS = ("score", "norm", "coherence", "guide", "mask", "control")  # of the focus losses
+_FOCUS = ("score norm coherence guide divergence exploration mask mask_gradient norm_g modules_g "
+          "control").split()  # of the focus losses
 _COUNTS = "length num_bodies gcn_scales g3d_scales epochs batch_size stf_epochs accumulate".split()
 
 
