@@ -28,7 +28,8 @@ from .clips import open_clips
 from .dataset import ClipStore, validation_split
 from .evaluate import (Scores, average, class_tests, differences, paired_bootstrap, top_k,
                           verdict, write_file)
-from .faithfulness import areas, faithfulness, focus_measures, importance_maps
+from .faithfulness import (areas, class_mean, faithfulness, focus_measures, importance_maps,
+                              known_answer)
 from .plot import draw_class_difference, draw_strip
 from .skeleton import SKELETONS
 from .synthetic import write_synthetic
@@ -532,11 +533,12 @@ def operations(config: Config, skeleton=None, num_classes: int = 60) -> pd.DataF
 # %% ../nbs/30_experiments.ipynb #34715b88
 def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M4", "Le"),
                   seeds=(0,), results="data/results", store=None, progress=True,
-                  curves=()) -> list:
+                  curves=(), folder=None) -> list:
     """Records of what finished runs focus on: `measures`, means over the test clips. Resumable.
 
     Arguments as of `ablation`; deletion and insertion curves are measured, too, of the rows in
-    `curves` (minutes a network). Rows that haven't finished are left out.
+    `curves` (minutes a network). With the `folder` of write_synthetic so is localisation of the
+    known answer, with its average precision `by_class`. Rows that haven't finished are left out.
     """
     plan, records = [(row, seed) for seed in seeds for row in ROWS if row in rows], []
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
@@ -544,14 +546,22 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
         path = _path(results, "focus", config.name, row, seed)
         if not path.exists() and (c.run_folder / "run.json").exists():
             store, r = store or ClipStore(c.data), Run.load(c.run_folder)
-            what = r.network(), store, store.split(c.protocol)[1], batch_options(vars(c))
-            means = focus_measures(*what).mean().to_dict()
+            (train, test), options = store.split(c.protocol), batch_options(vars(c))
+            what, more = (r.network(), store, test, options), {}
+            if folder is not None:
+                seen, known = (known_answer(store, k, folder, options) for k in (train, test))
+                common = class_mean(seen, store.labels[train], store.labels[test])
+                more = {"known": known, "others": {"class mean": common}}
+            found = focus_measures(*what, **more)
+            means = found.mean().to_dict()
+            classes = np.array(store.classes)[store.labels[test]]
+            by_class = found.filter(like="average precision").groupby(classes).mean().to_dict()
             for fill in ("zero", "still") if row in curves else ():
                 for (curve, other), line in areas(faithfulness(*what, fill)).iterrows():
                     means[f"{curve}, {fill}: ahead of {other}"] = line["ahead"]
             means = {k: None if np.isnan(v) else float(v) for k, v in means.items()}
             _write(path, r.scores, c, experiment="focus", name=config.name, row=row, seed=seed,
-                   measures=means, environment=r.record["environment"])
+                   measures=means, by_class=by_class, environment=r.record["environment"])
         records += [_read(path)] if path.exists() else []
     return records
 

@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['occlude', 'occlusion_curve', 'importance_maps', 'faithfulness', 'areas', 'reinitialise', 'randomisation_check',
-           'focus_measures']
+           'known_answer', 'class_mean', 'localisation', 'focus_measures']
 
 # %% ../nbs/23_focus_measures.ipynb #241fa3d0
 import numpy as np
 import pandas as pd
 import torch
+import torch.nn.functional as F
 
 from .checkpoints import build_network
 from .evaluate import paired_bootstrap
 from .focus import (focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus,
                        resample_focus)
+from .losses import mask_input, permute_focus
+from .preparation import prepare
+from .synthetic import read_action_masks
 
 # %% ../nbs/23_focus_measures.ipynb #2a836274
 def _ranks(importance, present, seed=0):
@@ -177,6 +181,55 @@ def randomisation_check(
     table = pd.DataFrame(rows, ["with the trained focus", "with motion"])
     return table.T.rename_axis("fresh weights")
 
+# %% ../nbs/23_focus_measures.ipynb #84d7cacf
+def known_answer(
+    store,  # ClipStore of synthetic people
+    clips,  # which: clip numbers
+    folder,  # of write_synthetic: the recordings of which the store was built
+    options: dict,  # of store.batch, from batch_options(header)
+) -> torch.Tensor:  # (N,M,T,V) bool; False for absent bodies
+    "Which joints carry the action in a network's input. ValueError if the folder doesn't fit."
+    some, known = [store[i] for i in clips], []
+    for clip, mask in zip(some, read_action_masks(folder, some)):
+        _, body, frame = prepare(clip, **options)
+        known.append(mask[body, frame] & (body >= 0)[..., None])
+    return torch.from_numpy(np.stack(known))
+
+
+def class_mean(
+    known: torch.Tensor,  # (N,M,T,V) answer of the training clips
+    labels,  # (N,) class of each
+    wanted,  # (K,) classes
+) -> torch.Tensor:  # (K,M,T,V); 0 for a class without clips
+    "What a class's training clips have in common: the mean of their known answers."
+    mean = lambda k: known[torch.as_tensor(labels == k)].float().mean(0).nan_to_num()
+    return torch.stack([mean(k) for k in wanted])
+
+# %% ../nbs/23_focus_measures.ipynb #b9073453
+def localisation(
+    importance: torch.Tensor,  # (N,M,T,V)
+    known: torch.Tensor,  # (N,M,T,V) bool, from known_answer
+    present: torch.Tensor,  # (N,M) bool
+) -> dict:  # name → (N,) in 0..1; NaN for clips without any known entry
+    """How well a map finds the known joints and frames of present bodies: "average precision",
+    "IoU" of as many top entries, and "pointing": is the largest in it? Equal values in any order.
+    """
+    here = present[:, :, None, None].expand_as(importance)
+    low, order = (-importance).masked_fill(~here, torch.inf).flatten(1).sort(1)
+    hits = (known & here).flatten(1).gather(1, order).double().cumsum(1)
+    total, hits = hits[:, -1:], F.pad(hits, (1, 0))
+    first, end = (torch.searchsorted(low, low, right=right) for right in (False, True))
+    size, before = end - first, hits.gather(1, first)  # of each entry's group of equals
+    share = (hits.gather(1, end) - before) / size
+    place = torch.arange(low.shape[1], device=low.device)
+    equals = (place - first) * (share * size - 1) / (size - 1).clamp(min=1)
+    precision = share * (before + 1 + equals) / (place + 1)
+    top = (total.long() - 1).clamp(min=0)
+    found = (before + share * (total - first)).gather(1, top)
+    measures = precision.sum(1, keepdim=True) / total, found / (2 * total - found), share[:, :1]
+    names = "average precision", "IoU", "pointing"
+    return {k: m.where(total > 0, torch.nan)[:, 0] for k, m in zip(names, measures)}
+
 # %% ../nbs/23_focus_measures.ipynb #1b800fb1
 def focus_measures(
     net,
@@ -184,29 +237,46 @@ def focus_measures(
     clips,  # which: clip numbers
     options: dict,  # of store.batch, from batch_options(header)
     batch_size: int = 64,  # clips at a time
+    known: torch.Tensor | None = None,  # (N,M,T,V) bool, from known_answer
+    others: dict | None = None,  # name → (N,M,T,V): maps to measure against it beside Q
 ) -> pd.DataFrame:  # a row a clip; "β follows Q" is NaN without β
-    """Coverage of Q; overlap of the top two classes' foci, under both scores; agreement of modules
-    5 and 6; mean correlation of the β with Q; probability of the predicted class; is it right?
+    """Coverage and mean of Q; overlap of the top two classes' foci, under both scores; agreement of
+    modules 5 and 6; correlation of the β with Q; probability of the predicted class, also with Q
+    hidden in the input, and its values at random places; is it right? Where the answer is known:
+    localisation by Q under both scores, by motion, by chance and by other maps.
     """
     frames = []
     for start in range(0, len(clips), batch_size):
-        some = clips[start : start + batch_size]
-        x, y = store.batch(some, **options)
-        with torch.no_grad():
+        part = slice(start, start + batch_size)
+        x, y = store.batch(clips[part], **options)
+        with torch.no_grad(), torch.random.fork_rng():
+            torch.manual_seed(start)
             f = net.features(x)
             logits = net.head(f.last)
             top = logits.topk(2).indices.t()
             q = {score: [grad_cam(f, net.head, classes, score) for classes in top]
                  for score in ("probability", "logit")}
-            follow = [focus_agreement(b, resample_focus(q["probability"][0], b.shape[2]), f.present)
-                      for b in f.beta]
-        inner, nothing = module_focus(net, f, top[0]), torch.full((len(x),), torch.nan)
+            own, nothing = q["probability"][0], torch.full((len(x),), torch.nan)
+            follow = [focus_agreement(b, resample_focus(own, b.shape[2]), f.present)
+                      for b in f.beta] or [nothing] * 6
+            left = [net(mask_input(x, hidden)).softmax(1).gather(1, top[:1].t())[:, 0]
+                    for hidden in (own, permute_focus(own, f.present))]
+        inner = module_focus(net, f, top[0])
         found = {
-            "coverage": focus_coverage(q["probability"][0], f.present),
+            "coverage": focus_coverage(own, f.present),
             **{f"overlap ({score})": focus_overlap(*pair, f.present) for score, pair in q.items()},
             "modules 5, 6 agree": focus_agreement(*inner.values(), f.present),
-            "β follows Q": torch.stack(follow).mean(0) if follow else nothing,
-            "probability": logits.softmax(1).amax(1), "correct": (top[0] == y).float()}
-        names = [store.names[i] for i in some]
+            "β follows Q": torch.stack(follow).mean(0),
+            **{f"β follows Q, module {k}": b for k, b in enumerate(follow, 1)},
+            "mean of Q": own.mean((2, 3)).sum(1) / f.present.sum(1).clamp(min=1),
+            "probability": logits.softmax(1).amax(1), "probability, Q hidden": left[0],
+            "probability, as much hidden at random": left[1], "correct": (top[0] == y).float()}
+        if known is not None:
+            maps = {score: resample_focus(pair[0], x.shape[2]) for score, pair in q.items()}
+            maps |= {"motion": _motion_map(x), "chance": torch.zeros(known[part].shape)}
+            for name, m in (maps | {k: m[part] for k, m in (others or {}).items()}).items():
+                ways = localisation(m, known[part], f.present)
+                found |= {f"{way} ({name})": v for way, v in ways.items()}
+        names = [store.names[i] for i in clips[part]]
         frames.append(pd.DataFrame({k: v.numpy() for k, v in found.items()}, index=names))
     return pd.concat(frames).rename_axis("clip")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from stf import experiments
 from stf.evaluate import average
@@ -204,7 +205,7 @@ def test_two_calls_at_once_share_the_work(tmp_path, made):
         assert np.array_equal(*same)
 
 
-def test_every_row_trains(tmp_path):
+def test_every_row_trains(tmp_path, monkeypatch):
     """Each control and reading end to end, and what its run focuses on."""
     base = quick(tmp_path / "r", preprocess="paper")
     rows = [row for row in ROWS if row not in TABLE5]
@@ -219,10 +220,17 @@ def test_every_row_trains(tmp_path):
     table = gains(made, CONTRASTS, samples=200)
     assert table.loc["L_Gk: is it this clip's focus?", "seeds"] == 1
     assert table.loc["L_e: is it the focus?", "seeds"] == 0
-    focus = focus_records(base, ("CE", "Lg", "Le"), (0, 1), tmp_path, TinyStore(), False, ("Lg",))
+    answer = lambda store, clips, *_: torch.arange(24).view(1, 8, 3) < 3 + torch.as_tensor(
+        store.labels[clips]).view(-1, 1, 1, 1)  # depends on the class alone
+    monkeypatch.setattr(experiments, "known_answer", answer)
+    focus = focus_records(base, ("CE", "Lg", "Le"), (0, 1), tmp_path, TinyStore(), False, ("Lg",),
+                          "raw")
     assert [r["row"] for r in focus] == ["CE", "Lg"]  # what has finished
     assert focus[0]["measures"]["β follows Q"] is None and focus[0]["top1"] == of["CE"]["top1"]
     assert np.isfinite(focus[1]["measures"]["deletion, still: ahead of random"])
+    assert focus[1]["measures"]["average precision (class mean)"] == 1
+    means = focus[0]["by_class"]["average precision (chance)"]
+    assert list(means) == ["down", "still", "up"] and means["up"] < means["down"] < means["still"]
 
 
 def test_a_held_row_is_left_to_its_process_and_a_nan_costs_its_own_row(tmp_path, monkeypatch):

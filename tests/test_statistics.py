@@ -1,4 +1,5 @@
 """Intervals, tests and corrections: known values, and what holds for any; measures of the focus."""
+from dataclasses import replace
 from fractions import Fraction
 from math import comb
 
@@ -9,10 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stf.checkpoints import ConfigError, batch_options, load_checkpoint
+from stf.clips import open_clips
+from stf.dataset import ClipStore
 from stf.evaluate import (Scores, class_tests, differences, mcnemar, paired_bootstrap,
                           verdict)
-from stf.faithfulness import areas, focus_measures, occlude, occlusion_curve, reinitialise
+from stf.faithfulness import (areas, class_mean, focus_measures, known_answer, localisation,
+                              occlude, occlusion_curve, reinitialise)
 from stf.losses import LossWeights, STFLoss, mask_input, permute_focus
+from stf.preparation import prepare
+from stf.synthetic import SyntheticConfig, read_action_masks, write_synthetic
 from stf.train import Config, run
 from test_experiments import quick
 from test_train import TinyStore
@@ -151,7 +157,63 @@ def test_fresh_weights_are_in_the_named_parts_only(tmp_path):
     changed = {k.split(".")[0] for k in after if not torch.equal(after[k], before[k])}
     assert changed == {"fc", "tcn3"} and not fresh.training
     assert all(m.momentum == 0.1 for m in fresh.modules() if hasattr(m, "momentum"))
-    measures = focus_measures(net, store, [14, 15, 16], batch_options(header), batch_size=2)
+    known, what = torch.rand(3, 1, 8, 3) < 0.4, (net, store, [14, 15, 16], batch_options(header))
+    state, other = torch.get_rng_state(), {"known": known, "others": {"itself": known.float()}}
+    measures = focus_measures(*what, batch_size=2, **other)
+    assert torch.equal(torch.get_rng_state(), state)
     assert measures.index.tolist() == ["clip14", "clip15", "clip16"]
-    assert measures.pop("β follows Q").isna().all() and measures.notna().all(axis=None)
-    assert measures["coverage"].between(0, 1).all()
+    β = measures.filter(like="β follows Q")
+    assert β.shape == (3, 7) and β.isna().all(axis=None)
+    assert measures.drop(columns=β.columns).notna().all(axis=None)
+    assert measures["coverage"].between(0, 1).all() and (measures["IoU (itself)"] == 1).all()
+    whole = focus_measures(*what, **other).filter(regex=r"\(")  # no clip gets another's answer
+    np.testing.assert_allclose(measures[whole.columns], whole, atol=1e-5)
+    assert not focus_measures(*what).columns.str.contains("IoU").any()
+
+
+# ---- the known answer
+
+
+def test_the_known_answer_goes_the_way_of_the_input(tmp_path):
+    "Written into the visibility of the joints, the answer comes out in the input's last channel."
+    config = SyntheticConfig(actions=(8, 23, 58), subjects=(1, 2, 3), cameras=(1, 3), seed=1,
+                             false_bodies=0.7, missing_bodies=0.7)  # fmt: skip
+    write_synthetic(tmp_path / "raw", config, progress=False)
+    store = ClipStore.build(open_clips(tmp_path / "raw"), tmp_path / "s", progress=False)
+    clips, swapped = [store[i] for i in range(len(store))], 0
+    masks = read_action_masks(tmp_path / "raw", clips)
+    for length, bodies, M in ((20, "spread", 2), (200, "presence", 3)):
+        options = dict(length=length, bodies=bodies, num_bodies=M)
+        known = known_answer(store, range(len(store)), tmp_path / "raw", options)
+        assert known.shape == (18, M, length, 25) and known.flatten(1).any(1).all()
+        for clip, mask, answer in zip(clips, masks, known):
+            marked = replace(clip, visible=(1 + mask) / 2 * clip.present[..., None])
+            shown = prepare(marked, **options)
+            assert np.array_equal(shown.x[3].transpose(2, 0, 1) == 1, answer)
+            swapped += shown.body[0, 0] == 1
+    assert swapped
+
+
+def test_localisation_of_many_entries_and_of_present_bodies_only():
+    importance, known = torch.rand(5, 2, 9, 7), torch.rand(5, 2, 9, 7) < 0.3
+    present = torch.tensor([[True, True]] * 3 + [[True, False], [False, False]])
+    found = localisation(importance, known, present)
+    for n, here in enumerate(present[:4]):
+        order = importance[n, here].flatten().argsort(descending=True)
+        hits = known[n, here].flatten()[order].double()
+        R, precision = int(hits.sum()), hits.cumsum(0) / torch.arange(1, len(hits) + 1)
+        same = precision[hits > 0].mean(), (top := hits[:R].sum()) / (2 * R - top), hits[0]
+        assert [m[n].item() for m in found.values()] == pytest.approx([float(v) for v in same])
+    assert all(m[4].isnan() for m in found.values())
+    perfect = localisation(known * 0.1, known, present)
+    assert all((m[:4] == 1).all() for m in perfect.values())
+    chance, n = localisation(torch.zeros_like(importance), known, present), 126
+    R, H = known[0].sum().item(), (1 / np.arange(1, n + 1)).sum()
+    assert chance["average precision"][0] == pytest.approx((H + (n - H) * (R - 1) / (n - 1)) / n)
+    assert chance["pointing"][0] == pytest.approx(R / n)
+
+
+def test_the_class_mean_is_of_its_class():
+    known = torch.tensor([1, 0, 1, 0]).bool().view(4, 1, 1, 1)
+    means = class_mean(known, np.array([0, 0, 2, 3]), np.array([2, 0, 0, 1]))
+    assert means.flatten().tolist() == [1, 0.5, 0.5, 0]
