@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['occlude', 'occlusion_curve', 'importance_maps', 'faithfulness', 'areas', 'reinitialise', 'randomisation_check',
-           'known_answer', 'class_mean', 'localisation', 'focus_measures']
+           'known_answer', 'class_mean', 'localisation', 'beta_ceiling', 'focus_measures']
 
 # %% ../nbs/23_focus_measures.ipynb #241fa3d0
 import numpy as np
@@ -229,6 +229,48 @@ def localisation(
     measures = precision.sum(1, keepdim=True) / total, found / (2 * total - found), share[:, :1]
     names = "average precision", "IoU", "pointing"
     return {k: m.where(total > 0, torch.nan)[:, 0] for k, m in zip(names, measures)}
+
+# %% ../nbs/23_focus_measures.ipynb #2c5abb1d
+def beta_ceiling(
+    net,  # STF network, in evaluation mode
+    x: torch.Tensor,  # (N,C,T,V,M): clips that β learns from
+    unseen: torch.Tensor,  # (N',C,T,V,M)
+    steps: int = 400,
+    seed: int = 0,
+) -> list:  # six correlations
+    "What each module's β can reach: its correlation with unseen Q when β alone is trained."
+    def inputs(x):
+        "What enters each β, (N·M,C,T,V); Q of the predicted class; and present bodies."
+        held = [m.beta.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+                for m in net.stf]
+        entered = []
+        with torch.no_grad():
+            f = net.features(x)
+            q = grad_cam(f, net.head, net.head(f.last).argmax(1))
+        [hook.remove() for hook in held]
+        return entered, q, f.present
+
+    (learnt, q, present), (tested, goal, there), found = inputs(x), inputs(unseen), []
+    for h, new in zip(learnt, tested):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            beta = type(net.stf[0].beta)(h.shape[1], net.beta_kernel)
+            optimizer = torch.optim.Adam(beta.parameters(), 0.01)
+            rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+            target = resample_focus(q, h.shape[2]).flatten(0, 1)
+            bodies = present.flatten().nonzero()[:, 0]
+            for _ in range(steps):
+                some = bodies[torch.randperm(len(bodies))[:64]]
+                loss = F.mse_loss(beta(h[some]), target[some])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                rates.step()
+        with torch.no_grad():
+            maps = beta.eval()(new).unflatten(0, there.shape)
+        r = focus_agreement(maps, resample_focus(goal, maps.shape[2]), there)
+        found.append(float(r.mean()))
+    return found
 
 # %% ../nbs/23_focus_measures.ipynb #1b800fb1
 def focus_measures(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NORMS', 'adjacency_loss', 'mask_input', 'exploration_loss', 'divergence_loss', 'coherence_loss', 'LossWeights',
-           'permute_focus', 'STFLoss']
+           'permute_focus', 'STFLoss', 'loss_ranges']
 
 # %% ../nbs/04_losses.ipynb #74a5b8ef
 from dataclasses import dataclass
@@ -210,3 +210,15 @@ class STFLoss(nn.Module):
         one = lambda name: module_focus(self.net, f, classes, (name,), self.score, True)[name]
         last = lambda: grad_cam(f, self.net.head, classes, self.score)
         return tuple(last() if name == "block3" else one(name) for name in self.names)
+
+# %% ../nbs/04_losses.ipynb #b712e2af
+def loss_ranges(objective: STFLoss, x, y) -> dict:
+    "term → (λ·L, norm of its gradient over all weights), on one batch x (N,C,T,V,M), y (N,)."
+    terms, weights = objective(x, y), [p for p in objective.parameters() if p.requires_grad]
+    ranges = {}
+    for name in terms.keys() - {"loss", "logits"}:
+        value = terms[name] * getattr(objective.weights, name, 1.0)
+        grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
+        size = torch.stack([g.norm() for g in grads if g is not None]).norm()
+        ranges[name] = float(value), float(size)
+    return ranges
