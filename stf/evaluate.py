@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_file', 'Scores', 'top_k', 'average', 'confusion_matrix', 'confusions', 'class_difference', 'predict_scores',
-           'differences', 'paired_bootstrap', 'verdict', 'mcnemar', 'class_tests']
+           'differences', 'Gain', 'paired_interval', 'verdict', 'mcnemar', 'holm', 'class_tests']
 
 # %% ../nbs/20_evaluate.ipynb #f4940ca1
 import errno
@@ -14,13 +14,14 @@ import os
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import broadcast
-from scipy.stats import binomtest
+from scipy.stats import binomtest, t
 from tqdm.auto import tqdm
 
 from .dataset import load_batches
@@ -253,24 +254,41 @@ def differences(
     return np.stack([right(a) - right(b) for a, b in zip(ours, baseline)])[:, known]
 
 # %% ../nbs/20_evaluate.ipynb #e8564747
-def paired_bootstrap(
-    d: np.ndarray,  # (seeds, clips) from differences
-    samples: int = 10_000,
+class Gain(NamedTuple):
+    "A mean difference in percentage points, and how sure it is."
+
+    gain: float
+    low: float  # of the interval
+    high: float
+    p: float  # two-sided, of no gain
+    se: float  # standard error
+    df: float  # degrees of freedom
+    detectable: float  # the gain that such a design finds with 80 % power
+
+
+def paired_interval(
+    d: np.ndarray,  # (seeds, clips) from differences, or (clips,)
     level: float = 0.95,  # of the interval
-    seed: int = 0,  # of the draws
-) -> tuple:  # gain, low, high in percentage points
-    "Mean difference and its percentile interval, seeds and clips (of one seed: clips) drawn anew."
-    d = np.atleast_2d(np.asarray(d, dtype=np.float64))
-    if not d.size or not 0 < level < 1 or samples < 1:
-        raise ValueError("need at least one seed and clip, one sample, and 0 < level < 1; "
-                         f"got {d.shape}, {samples}, {level}")
-    (S, N), rng, means = d.shape, np.random.default_rng(seed), []
-    for start in range(0, samples, 500):  # in pieces, so that memory stays small
-        n = min(500, samples - start)
-        of_seeds = rng.multinomial(S, np.full(S, 1 / S), size=n) @ d  # n,N
-        means.append((of_seeds * rng.multinomial(N, np.full(N, 1 / N), size=n)).sum(1) / (S * N))
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
-    return 100 * float(d.mean()), 100 * float(low), 100 * float(high)
+) -> Gain:
+    "Mean difference with its t interval over seeds and clips; of one seed: over clips."
+    d = 100 * np.atleast_2d(np.asarray(d, dtype=np.float64))
+    S, N = d.shape
+    if not S or N < 2 or not 0 < level < 1:
+        raise ValueError(f"need a seed, two clips and 0 < level < 1; got {d.shape}, {level}")
+    gain = d.mean()
+    seeds, clips = d.mean(1) - gain, d.mean(0) - gain
+    total, df = S * clips @ clips / (N - 1), N - 1
+    if S > 1:
+        rest = ((d - gain - seeds[:, None] - clips) ** 2).sum() / ((S - 1) * (N - 1))
+        total, of_seeds = max(total, rest), N * seeds @ seeds / (S - 1)
+        if of_seeds > rest:
+            each = of_seeds**2 / (S - 1) + (total**2 + rest**2 / (S - 1)) / (N - 1)
+            total += of_seeds - rest
+            df = total**2 / each
+    se = (total / (S * N)) ** 0.5
+    p = 2 * t.sf(abs(gain) / se, df) if se else gain == 0
+    half, power = se * t.ppf([(1 + level) / 2, 0.8], df)
+    return Gain(*map(float, (gain, gain - half, gain + half, p, se, df, half + power)))
 
 
 def verdict(low: float, high: float, seeds: int) -> str:
@@ -284,7 +302,7 @@ def mcnemar(wins: int, losses: int) -> float:
     return float(binomtest(wins, wins + losses).pvalue) if wins or losses else 1.0
 
 
-def _holm(p) -> np.ndarray:
+def holm(p) -> np.ndarray:
     "Holm's adjusted p: rejecting those below α keeps the chance of any false rejection below α."
     p = np.asarray(p, dtype=np.float64)
     order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
@@ -307,7 +325,7 @@ def class_tests(
                      "difference": 100 * d[:, here].mean() if here.any() else np.nan,
                      "p": mcnemar(wins, losses)})
     table = pd.DataFrame(rows).set_index("class")
-    table["holm"] = _holm(table["p"])
+    table["holm"] = holm(table["p"])
     word = np.where(table["wins"] > table["losses"], "better", "worse")
     table["verdict"] = np.where(table["holm"] < level, word, "none")
     table = table[["clips", "difference", "wins", "losses", "p", "holm", "verdict"]]

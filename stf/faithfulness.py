@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from .checkpoints import build_network
-from .evaluate import paired_bootstrap
+from .evaluate import paired_interval
 from .focus import (focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus,
                        resample_focus)
 from .losses import mask_input, permute_focus
@@ -118,7 +118,7 @@ def areas(
     for kind, sign in (("deletion", -1), ("insertion", 1)):
         for other in ("motion", "random"):
             focus, rival = area[kind, "focus"], area[kind, other]
-            ahead, low, high = paired_bootstrap(sign * (focus - rival))
+            ahead, low, high, *_ = paired_interval(sign * (focus - rival))
             rows.append({"curve": kind, "against": other, "focus": 100 * focus.mean(),
                          "other": 100 * rival.mean(), "ahead": ahead, "low": low, "high": high})
     return pd.DataFrame(rows).set_index(["curve", "against"])

@@ -86,7 +86,8 @@ class STFModule(nn.Module):
 
 # %% ../nbs/02_stf_module.ipynb #b19cbc52
 class STFNet(MSG3D):
-    """MS-G3D with six STF modules (Eq. 1, Fig. 2); its arguments and β's, (N,C,T,V,M) → (N,classes).
+    """MS-G3D with six STF modules (Eq. 1, Fig. 2); (N,C,T,V,M) → (N,classes). Arguments: MSG3D's,
+    and `beta_kernel`, one of BETA_KERNELS.
 
     Every tensor of MSG3D keeps its name; β and α are `stf.0` … `stf.5`. Fresh, G = 0 and the
     logits are MS-G3D's.

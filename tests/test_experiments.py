@@ -13,9 +13,9 @@ import torch
 
 from stf import experiments
 from stf.evaluate import average
-from stf.experiments import (CONTRASTS, ROWS, TABLE5, ablation, focus_records, gains, load_records,
-                             operations, paper_table, record_scores, scarce, shift_table, streams,
-                             summary, table1, table2, table3, table4, table5)
+from stf.experiments import (CONTRASTS, PRIMARY, ROWS, TABLE5, ablation, focus_records, gains,
+                             load_records, operations, paper_table, record_scores, scarce,
+                             shift_table, streams, summary, table1, table2, table3, table4, table5)
 from stf.train import Config, ConfigError
 from test_train import TinyStore, tiny
 
@@ -217,7 +217,7 @@ def test_every_row_trains(tmp_path, monkeypatch):
     same = lambda a, b: np.array_equal(*(record_scores(of[r]).probabilities for r in (a, b)))
     assert not same("CE", "CE2") and not same("Lg", "Lg-shuffled")
     assert not same("Le-random", "Le-coordinates")
-    table = gains(made, CONTRASTS, samples=200)
+    table = gains(made, CONTRASTS)
     assert table.loc["L_Gk: is it this clip's focus?", "seeds"] == 1
     assert table.loc["L_e: is it the focus?", "seeds"] == 0
     answer = lambda store, clips, *_: torch.arange(24).view(1, 8, 3) < 3 + torch.as_tensor(
@@ -255,6 +255,21 @@ def test_a_held_row_is_left_to_its_process_and_a_nan_costs_its_own_row(tmp_path,
     assert {r["row"] for r in load_records(tmp_path)} == {"M1", "Le"}
 
 
+def test_an_average_over_seeds_says_where_all_its_parts_come_from(made, tmp_path, monkeypatch):
+    record = json.loads(next((made[0] / "r").rglob("M1-seed0.json")).read_text())
+    record_scores(made[1][0]).save(tmp_path / "ablation" / "tiny" / record["scores"])
+    for seed, commit in ((0, "a, b"), (1, "c, a")):
+        changed = {"seed": seed, "commit": commit, "config": record["config"] | {"seed": seed}}
+        file = tmp_path / "ablation" / "tiny" / f"M1-seed{seed}.json"
+        file.write_text(json.dumps(record | changed))
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: pytest.fail("trained again"))
+    make = lambda *rows: ablation(quick(made[0] / "run"), (0,), rows, tmp_path, progress=False)
+    two, = make("M1+M1")
+    assert two["average"] == ["M1-seed0", "M1-seed1"] and two["seed"] == 0
+    assert two["commit"] == "a, b, c" and two["threads"] == 1 and "versions" in two
+    assert [(r["row"], r["seed"]) for r in make("M1+M1", "M1")] == [("M1", 0), ("M1+M1", 0)]
+
+
 def test_rows_or_seeds_come_first(monkeypatch):
     monkeypatch.setattr(experiments, "_records", lambda jobs, *_: [j.facts for j in jobs])
     rows, needed = ("CE+CE", "M4", "M1"), ("M1", "M4", "CE", "CE2", "CE+CE")
@@ -262,6 +277,8 @@ def test_rows_or_seeds_come_first(monkeypatch):
                         for f in ablation(Config(), (1, 0), rows, first=first)]
     assert of("seeds") == [(r, s) for s in (1, 0) for r in needed]
     assert of("rows") == [(r, s) for r in needed for s in (1, 0)]
+    rows, needed = ("M1+M1",), ("M1", "M1+M1")
+    assert {*of("seeds")} == {("M1", 2), *((r, s) for s in (1, 0) for r in needed)}
     monkeypatch.undo()
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="without torchrun"):
@@ -281,6 +298,17 @@ def test_table5_pairs_gains_by_seed():
     assert table.loc["M5", "paper"] == 91.34 and tuple(table5([]).index) == TABLE5
     with pytest.raises(ValueError, match="records of one configuration, not of x, y"):
         gains([dict(name=n, row="M1", seed=0) for n in "xy"], {"?": ("M1", "M1")})
+
+
+def test_only_primary_contrasts_are_corrected_and_for_those_that_were_run():
+    records = load_records(FIRST, experiment="ablation", name="ucla-small")
+    table = gains(records, CONTRASTS)
+    primary = table[table["holm"].notna()].sort_values("p")
+    assert {*zip(primary["row"], primary["against"])} == {*PRIMARY} < {*CONTRASTS.values()}
+    factors = primary["holm"].iloc[:2] / primary["p"].iloc[:2]
+    assert np.allclose(factors, [3, 2]) and primary["holm"].iloc[2] == primary["p"].iloc[2]
+    records = [r for r in records if r["row"] != "Le"]
+    assert gains(records, CONTRASTS)["holm"].min() == pytest.approx(2 * primary["p"].iloc[0])
 
 
 def fake(row, seed=0, dataset="ntu60", protocol="xsub", stream="joint", name="ntu60-xsub-joint",
