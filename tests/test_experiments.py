@@ -52,7 +52,7 @@ def test_folders_and_configurations_of_table_5_are_as_they_were():
     config, tails = Config(name="x"), {
         "M1": "", "M2": "-stf-c", "M3": "-stf-dc", "M4": "-stf-dcg", "Le": "-stf-e", "CE": "-ce",
         "CE2": "-ce2", "STF-CE": "-stf-ce", "Lg-shuffled": "-stf-g-shuffled",
-        "M4-guide": "-stf-dcg-guide", "M4-rms": "-stf-dcg-rms", "M1-atmost": "-atmost",
+        "M4-guide": "-stf-dcg-guide", "M4-frobenius": "-stf-dcg-frobenius", "M1-atmost": "-atmost",
         "M4-atmost": "-atmost-stf-dcg", "Le-coordinates": "-stf-e-coordinates"}
     for row, tail in tails.items():
         assert str(config_of(config, row, 2).run_folder) == f"data/runs/x{tail}-seed2"
@@ -71,7 +71,11 @@ def test_controls_differ_from_what_they_control_in_one_thing():
             ("CE", "CE2", "order"), ("CE", "STF-CE", "model"), ("Ld", "STF-CE", "losses"),
             ("Lg", "Lg-shuffled", "control"), ("Le", "Le-random", "control"),
             ("M4", "M4-blocks", "coherence"), ("M4", "M4-guide", "guide"),
-            ("M4", "M4-logit", "score"), ("Le", "Le-logit", "score"), ("M4", "M4-rms", "norm"),
+            ("M4", "M4-logit", "score"), ("Le", "Le-logit", "score"), ("M4", "M4-frobenius", "norm"),
+            ("Le", "Le-1", "lambda_e"), ("Le-1", "Le-1-random", "control"),
+            ("Le", "Le-score", "exploration"), ("Le", "Le-detached", "mask_gradient"),
+            ("Ld", "Ld-overlap", "divergence"), ("Ld-overlap", "Ld-overlap-logit", "score"),
+            ("M4", "M4-3x3", "beta_kernel"),
             ("M1", "M1-atmost", "exact"), ("Le", "Le-coordinates", "mask")]:
         assert differ(a, b) == {what}
     assert differ("M4", "M4-atmost") == {"exact", "init"}

@@ -100,7 +100,8 @@ def foci():
     return {k: sample(v) for k, v in out.items()}
 
 
-OPTIONS = {"logit": dict(score="logit"), "rms": dict(norm="rms"), "guide": dict(guide=True),
+FIRST = dict(norm="frobenius", norm_g="frobenius", modules_g="mean")  # the first edition's readings
+OPTIONS = {"logit": dict(score="logit"), "rms": dict(norm="rms", norm_g="rms"), "guide": dict(guide=True),
            "blocks": dict(coherence="blocks"), "coordinates": dict(mask="coordinates"),
            "shuffled": dict(control="shuffled")}
 
@@ -112,7 +113,7 @@ def losses():
     for name, training, option in cases + [("m4", False, option) for option in OPTIONS]:
         net = shipped(name).train(training)
         weights = LossWeights(e=1, d=1, c=1, g=float(name != "m1"))
-        terms = STFLoss(net, weights, **OPTIONS.get(option, {}))(x[::2], y[::2])
+        terms = STFLoss(net, weights, **FIRST | OPTIONS.get(option, {}))(x[::2], y[::2])
         for k in [k for k in ("ce", "e", "d", "c", "g") if k in terms]:
             grads = torch.autograd.grad(terms[k], list(net.parameters()), retain_graph=True,
                                         allow_unused=True)
@@ -130,7 +131,7 @@ def traces():
         net = shipped(start).train()
         model = "msg3d" if row == "M1" else "stf"
         config = Config.preset("synthetic", model=model, losses=terms)
-        objective = STFLoss(net, config.loss_weights)
+        objective = STFLoss(net, config.loss_weights, **FIRST)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=config.momentum,
                                     nesterov=True, weight_decay=config.weight_decay)
         for step in range(10):

@@ -169,10 +169,12 @@ def test_focus_when_the_probability_rounds_to_one(net):
 def test_each_option_runs_and_differs(net):
     x = clips(net.double().eval())
     value = lambda **kw: STFLoss(net, LossWeights(0, 1, 1, 0), **kw)(x, FOUR)
-    base, rms = value(), value(norm="rms")
+    base, literal, square = (value(norm=norm) for norm in ("rms", "frobenius", "mean-square"))
     assert base["d"] != value(score="logit")["d"] and base["c"] != value(coherence="blocks")["c"]
-    assert torch.isclose(base["d"] / rms["d"], torch.tensor(1875 * 2, dtype=torch.float64).sqrt())
-    for wrong in (dict(score="x"), dict(coherence="x"), dict(norm="x")):
+    assert torch.isclose(literal["d"] / base["d"], torch.tensor(1875 * 2.0).sqrt().double())
+    assert base["d"].abs() > square["d"].abs() > 0
+    assert 0 < value(divergence="overlap")["d"] < 1
+    for wrong in (dict(score="x"), dict(coherence="x"), dict(norm="x"), dict(divergence="x")):
         with pytest.raises(ValueError, match="must be"):
             value(**wrong)
 
