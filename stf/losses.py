@@ -45,7 +45,7 @@ def adjacency_loss(
     betas: list,  # β(X^l) of each module, (N,M,T_l,V) in 0..1
     q: torch.Tensor,  # (N,M,T',V) focus of the predicted class: a target
     present: torch.Tensor = None,  # (N,M) bool
-    norm: str = "rms",
+    norm: str = "frobenius",
     modules: str = "sum",  # over the modules, or "mean"
 ) -> torch.Tensor:  # scalar
     "L_Gk: distance of the modules' β from the focus. Gradient reaches β and what makes X^l."
@@ -155,7 +155,7 @@ class STFLoss(nn.Module):
         exploration: str = "probability",  # what L_e lowers, or "score": the logit
         mask: str = "all",  # channels that L_e hides, or "coordinates": visibility stays
         mask_gradient: bool = True,  # L_e's gradient also flows through Q
-        norm_g: str = "rms",  # of L_Gk
+        norm_g: str = "frobenius",  # of L_Gk
         modules_g: str = "sum",  # L_Gk over the modules, or "mean"
         control: str = "",  # "shuffled": L_Gk with another clip's focus; "random": L_e, Q permuted
     ):
@@ -220,5 +220,5 @@ def loss_ranges(objective: STFLoss, x, y) -> dict:
         value = terms[name] * getattr(objective.weights, name, 1.0)
         grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
         size = torch.stack([g.norm() for g in grads if g is not None]).norm()
-        ranges[name] = float(value), float(size)
+        ranges[name] = value.item(), size.item()
     return ranges

@@ -92,7 +92,7 @@ class Config:
     exploration: Literal["probability", "score"] = "probability"  # what L_e lowers
     mask: Literal["all", "coordinates"] = "all"  # channels that L_e masks (coordinates: 3 of 4)
     mask_gradient: bool = True  # L_e's gradient also flows through Q
-    norm_g: Literal[NORMS] = "rms"  # of L_Gk
+    norm_g: Literal[NORMS] = "frobenius"  # of L_Gk
     modules_g: Literal["sum", "mean"] = "sum"  # L_Gk over the modules
     control: Literal["", "shuffled", "random"] = ""  # wrong focus, another clip's (g) or random (e)
     stf_lr: float = 1e-3  # initial rate of a second stage that starts from this run
@@ -248,13 +248,13 @@ _SMALL = dict(widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,), bat
 _UCLA = dict(data="data/ucla", protocol="xview", preprocess="msg3d", length=52, num_bodies=1)
 _OTHERS = {
     "synthetic": dict(data="data/synthetic", protocol="xsub", length=32, **_SMALL, epochs=12,
-                      milestones=(8, 11), stf_epochs=4, stf_milestones=(3,)),
+                      milestones=(8, 11), stf_lr=0.02, stf_epochs=15, stf_milestones=(13,)),
     "ucla": dict(**_UCLA, batch_size=16, epochs=50, milestones=(30, 40)),
     "ucla-augmented": dict(
         **_UCLA, batch_size=16, epochs=65, milestones=(50, 60), warmup=5, stf_epochs=30,
         stf_milestones=(20, 27), augment=Augment(rotate=17.0, crop=0.5)),
     "ucla-small": dict(**_UCLA, **_SMALL, epochs=30, milestones=(20, 27),
-                       stf_epochs=8, stf_milestones=(5, 7)),
+                       stf_lr=0.01, stf_epochs=12, stf_milestones=(10,)),
 }
 _FIRST = {f"{k}-{s}": {**v, "stream": s} for k, v in _BENCHMARKS.items() for s in STREAMS[:2]}
 _FIRST |= {k + s: {**v, "stream": s[1:] or "joint"} for k, v in _OTHERS.items()
