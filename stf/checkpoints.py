@@ -196,6 +196,7 @@ def save_checkpoint(
 def build_network(header: dict) -> torch.nn.Module:
     "The network that a header describes, with fresh weights; sizes that it lacks are the defaults."
     kind, skeleton = network_class(header["model"]), Skeleton(**header["skeleton"])
+    header = {"beta_kernel": "3x1"} | header  # of headers that don't name it
     return kind(skeleton=skeleton, **{k: header[k] for k in kind.hparams if k in header})
 
 

@@ -24,7 +24,7 @@ class Beta(nn.Module):
 
     conv_norms = (("layers.0", "layers.1"), ("layers.2", "layers.3"))  # pairs that `fuse` may fuse
 
-    def __init__(self, channels, kernel="3x1"):
+    def __init__(self, channels, kernel="3x3"):
         super().__init__()
         hidden, kernels = max(channels // 4, 8), BETA_KERNELS[kernel]
         first, second, third = (
@@ -76,7 +76,7 @@ class Alpha(nn.Module):
 class STFModule(nn.Module):
     "STF module: features (B,C,T,V) → β (B,T,V) and G (B,K,V,V)."
 
-    def __init__(self, channels, joints, scales=3, kernel="3x1"):
+    def __init__(self, channels, joints, scales=3, kernel="3x3"):
         super().__init__()
         self.beta, self.alpha = Beta(channels, kernel), Alpha(joints, scales)
 
@@ -95,7 +95,7 @@ class STFNet(MSG3D):
 
     has_beta, hparams = True, (*MSG3D.hparams, "beta_kernel")
 
-    def __init__(self, *args, beta_kernel="3x1", **kwargs):
+    def __init__(self, *args, beta_kernel="3x3", **kwargs):
         super().__init__(*args, **kwargs)
         V, scales = self.skeleton.num_joints, (self.gcn_scales, self.g3d_scales)
         inputs, self.beta_kernel = (self.in_channels, *self.widths[:-1]), beta_kernel

@@ -64,7 +64,7 @@ class Config:
     g3d_scales: int = 6  # scales of the windowed ones
     windows: tuple[int, ...] = (3, 5)  # frames of their windows
     exact: bool = True  # A_k links joints at exactly k hops; False: at most k
-    beta_kernel: Literal[tuple(BETA_KERNELS)] = "3x1"  # frames × joints, of β's convolutions
+    beta_kernel: Literal[tuple(BETA_KERNELS)] = "3x3"  # frames × joints, of β's convolutions
     dropout: float = 0.5  # share of the features that training leaves out (stgcn)
     init: str | None = None  # checkpoint or run to start from; None: from scratch
     train_only: Literal["", "head"] = ""  # head: the last layer alone is trained; empty: everything
@@ -166,7 +166,7 @@ class Config:
         values = {**json.loads(text)}
         values.pop("evaluate_every", None)  # which decided nothing
         if "norm" in values and "norm_g" not in values:  # earlier versions had one for all
-            values |= {"norm_g": values["norm"], "modules_g": "mean"}
+            values = {"beta_kernel": "3x1", "norm_g": values["norm"], "modules_g": "mean"} | values
         for key, default in _DROPPED.items():
             if (value := values.pop(key, default)) != default:
                 raise ConfigError(f"{key}={value!r} has no meaning in this version of stf")

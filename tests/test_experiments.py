@@ -75,7 +75,7 @@ def test_controls_differ_from_what_they_control_in_one_thing():
             ("Le", "Le-1", "lambda_e"), ("Le-1", "Le-1-random", "control"),
             ("Le", "Le-score", "exploration"), ("Le", "Le-detached", "mask_gradient"),
             ("Ld", "Ld-overlap", "divergence"), ("Ld-overlap", "Ld-overlap-logit", "score"),
-            ("M4", "M4-3x3", "beta_kernel"),
+            ("M4", "M4-3x1", "beta_kernel"),
             ("M1", "M1-atmost", "exact"), ("Le", "Le-coordinates", "mask")]:
         assert differ(a, b) == {what}
     assert differ("M4", "M4-atmost") == {"exact", "init"}
