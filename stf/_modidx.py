@@ -220,6 +220,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.experiments.demo': ('experiments.html#demo', 'stf/experiments.py'),
                                  'stf.experiments.dose_curve': ('experiments.html#dose_curve', 'stf/experiments.py'),
                                  'stf.experiments.figure3': ('experiments.html#figure3', 'stf/experiments.py'),
+                                 'stf.experiments.focus_gains': ('experiments.html#focus_gains', 'stf/experiments.py'),
                                  'stf.experiments.focus_records': ('experiments.html#focus_records', 'stf/experiments.py'),
                                  'stf.experiments.gains': ('experiments.html#gains', 'stf/experiments.py'),
                                  'stf.experiments.load_records': ('experiments.html#load_records', 'stf/experiments.py'),

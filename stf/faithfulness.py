@@ -285,7 +285,7 @@ def focus_measures(
     """Coverage and mean of Q; overlap of the top two classes' foci, under both scores; agreement of
     modules 5 and 6; correlation of the β with Q; probability of the predicted class, also with Q
     hidden in the input, and its values at random places; is it right? Where the answer is known:
-    localisation by Q under both scores, by motion, by chance and by other maps.
+    Q on it, and localisation by Q under both scores, by motion, by chance and by other maps.
     """
     frames = []
     for start in range(0, len(clips), batch_size):
@@ -315,6 +315,9 @@ def focus_measures(
             "probability, as much hidden at random": left[1], "correct": (top[0] == y).float()}
         if known is not None:
             maps = {score: resample_focus(pair[0], x.shape[2]) for score, pair in q.items()}
+            inside = known[part] & f.present[:, :, None, None]
+            on = (maps["probability"] * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
+            found["mean of Q on the answer"] = on
             maps |= {"motion": _motion_map(x), "chance": torch.zeros(known[part].shape)}
             for name, m in (maps | {k: m[part] for k, m in (others or {}).items()}).items():
                 ways = localisation(m, known[part], f.present)

@@ -13,8 +13,8 @@ import torch
 
 from stf import experiments
 from stf.evaluate import average
-from stf.experiments import (CONTRASTS, PRIMARY, ROWS, TABLE5, ablation, focus_records, gains,
-                             load_records, operations, paper_table, record_scores, scarce,
+from stf.experiments import (CONTRASTS, PRIMARY, ROWS, TABLE5, ablation, focus_gains, focus_records,
+                             gains, load_records, operations, paper_table, record_scores, scarce,
                              shift_table, streams, summary, table1, table2, table3, table4, table5)
 from stf.train import Config, ConfigError
 from test_train import TinyStore, tiny
@@ -71,7 +71,8 @@ def test_controls_differ_from_what_they_control_in_one_thing():
             ("CE", "CE2", "order"), ("CE", "STF-CE", "model"), ("Ld", "STF-CE", "losses"),
             ("Lg", "Lg-shuffled", "control"), ("Le", "Le-random", "control"),
             ("M4", "M4-blocks", "coherence"), ("M4", "M4-guide", "guide"),
-            ("M4", "M4-logit", "score"), ("Le", "Le-logit", "score"), ("M4", "M4-frobenius", "norm"),
+            ("M4", "M4-logit", "score"), ("Le", "Le-logit", "score"),
+            ("M4", "M4-frobenius", "norm"),
             ("Le", "Le-1", "lambda_e"), ("Le-1", "Le-1-random", "control"),
             ("Le", "Le-score", "exploration"), ("Le", "Le-detached", "mask_gradient"),
             ("Ld", "Ld-overlap", "divergence"), ("Ld-overlap", "Ld-overlap-logit", "score"),
@@ -230,9 +231,12 @@ def test_every_row_trains(tmp_path, monkeypatch):
     focus = focus_records(base, ("CE", "Lg", "Le"), (0, 1), tmp_path, TinyStore(), False, ("Lg",),
                           "raw")
     assert [r["row"] for r in focus] == ["CE", "Lg"]  # what has finished
-    assert focus[0]["measures"]["β follows Q"] is None and focus[0]["top1"] == of["CE"]["top1"]
+    assert focus[0]["measures"]["β follows Q"] is None
+    assert 100 * focus[0]["measures"]["correct"] == pytest.approx(of["CE"]["top1"])
     assert np.isfinite(focus[1]["measures"]["deletion, still: ahead of random"])
     assert focus[1]["measures"]["average precision (class mean)"] == 1
+    moved = focus_gains([*focus, {**focus[1], "row": "STF-CE"}]).xs("STF-CE", level="against")
+    assert (moved["difference"] == 0).all() and list(moved["seeds"]) == [1, 1]
     means = focus[0]["by_class"]["average precision (chance)"]
     assert list(means) == ["down", "still", "up"] and means["up"] < means["down"] < means["still"]
 

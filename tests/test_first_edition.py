@@ -101,9 +101,9 @@ def foci():
 
 
 FIRST = dict(norm="frobenius", norm_g="frobenius", modules_g="mean")  # the first edition's readings
-OPTIONS = {"logit": dict(score="logit"), "rms": dict(norm="rms", norm_g="rms"), "guide": dict(guide=True),
-           "blocks": dict(coherence="blocks"), "coordinates": dict(mask="coordinates"),
-           "shuffled": dict(control="shuffled")}
+OPTIONS = {"logit": dict(score="logit"), "rms": dict(norm="rms", norm_g="rms"),
+           "guide": dict(guide=True), "blocks": dict(coherence="blocks"),
+           "coordinates": dict(mask="coordinates"), "shuffled": dict(control="shuffled")}
 
 
 def losses():
