@@ -312,13 +312,13 @@ def table5(records: list) -> pd.DataFrame:
              for name, term in (("L_c", "c"), ("L_d", "d"), ("L_Gk", "g"), ("L_e", "e"))}
     paper = paper_table("table5").rename(columns={"accuracy": "paper", "gain": "paper gain"})
     table = pd.DataFrame(marks, pd.Index(TABLE5, name="row")).join(paper)
-    frame = pd.DataFrame(records, columns=["name", "row", "seed", "top1"])
+    frame = pd.DataFrame(records, columns=["name", "row", "seed", "top1", "dose"])
     for name, part in frame.groupby("name", sort=False):
         top1 = part.pivot_table(index="row", columns="seed", values="top1")
         gain = top1.sub(top1.loc["M1"], axis=1) if "M1" in top1.index else top1 * np.nan
         ours = {"top-1": top1.mean(axis=1), "std": top1.std(axis=1),
                 "gain": gain.mean(axis=1).where(top1.index != "M1"),
-                "seeds": top1.notna().sum(axis=1)}
+                "seeds": top1.notna().sum(axis=1), "dose": part.groupby("row")["dose"].first()}
         table = table.join(pd.DataFrame(ours).add_prefix(f"{name} "))
     return table
 
@@ -395,8 +395,9 @@ def gains(records: list, contrasts: dict | str = "M1") -> pd.DataFrame:
 
 def summary(records: list) -> pd.DataFrame:
     "Each row's accuracy over its seeds, and its gain over M1 of the same seeds, as in `gains`."
-    top1 = pd.DataFrame(records, columns=["row", "top1"]).groupby("row")["top1"]
-    table = pd.DataFrame({"seeds": top1.count(), "top-1": top1.mean(), "std": top1.std()})
+    of = pd.DataFrame(records, columns=["row", "top1", "dose"]).groupby("row")
+    table = pd.DataFrame({"seeds": of["top1"].count(), "dose": of["dose"].first(),
+                          "top-1": of["top1"].mean(), "std": of["top1"].std()})
     table = table.reindex([row for row in ROWS if row in table.index])
     table.insert(0, "what", [ROWS[row].what for row in table.index])
     return table.join(gains(records, "M1")[["gain", "low", "high", "verdict"]])
@@ -665,7 +666,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         return _read(path)
     c, store, curve = config, store or ClipStore(config.data), []
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
-        t = Training(c, store, a)
+        t, where = Training(c, store, a), environment(a.device)
         options = batch_options(t.header)
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
@@ -677,7 +678,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
             t.state.update(epoch=epoch + 1, step=0, sums={})
     write_file(path, {"format": 1, "experiment": "dose", "name": c.name, "row": label,
                       "seed": c.seed, "stream": c.stream, "curve": curve,
-                      "environment": environment(a.device), "config": json.loads(c.to_json())})
+                      "environment": where, "config": json.loads(c.to_json())})
     return _read(path)
 
 # %% ../nbs/30_experiments.ipynb #c676c165
@@ -713,7 +714,7 @@ def range_records(config: Config, results="data/results", store=None) -> list:
                 continue
             with one_accelerator(c.device, folder=c.run_folder) as a:
                 t = Training(c.replace(losses=term, **changes), store, a)
-            objective = t.loss
+                where, objective = environment(a.device), t.loss
             if ended:
                 objective.net.load_state_dict(Run.load(c.run_folder).network().state_dict())
             x, y = store.batch(t.train[::11][:32], **t.input)
@@ -721,7 +722,7 @@ def range_records(config: Config, results="data/results", store=None) -> list:
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,
                               "row": point, "seed": config.seed, "stream": config.stream,
-                              "ranges": ranges, "environment": environment(a.device),
+                              "ranges": ranges, "environment": where,
                               "config": json.loads(of["M4"].to_json())})
         records.append(_read(path))
     return records
