@@ -702,13 +702,14 @@ def range_records(config: Config, results="data/results", store=None) -> list:
     """Records of λ·L and its gradient's norm by READINGS, found or made: on every 11th training
     clip (32 at most), as the stages of a finished M1, M4 and Le begin, and as the second ends.
     """
-    store, records = store or ClipStore(config.data), []
+    records = []
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
     for point, ended in (("first stage, start", False), ("second stage, start", False),
                          ("second stage, end", True)):
         path = _path(results, "ranges", config.name, point.replace(", ", "-"), config.seed)
         ranges = {}
         for reading, (term, changes) in {} if path.exists() else READINGS.items():
+            store = store or ClipStore(config.data)
             c = of["M1" if point.startswith("first") else "Le" if term == "e" else "M4"]
             if c.model == "msg3d" and term == "g":
                 continue
