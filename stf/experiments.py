@@ -738,34 +738,37 @@ def _draw_foci(nets, judge, store, clips, options, raw):
     i = found.argsort()[(np.isfinite(found).sum() - 1) // 2]  # clips without an answer come last
     x, y = store.batch(clips[i : i + 1], **options)
     known, present = known[i : i + 1], (x != 0).flatten(1, 3).any(1)
-    precision = lambda q: f"{float(localisation(q, known, present)['average precision']):.0%}"
+    percent = lambda q: f"{float(localisation(q, known, present)['average precision']):.0%}"
     strips = {"the joints that carry the action, while they do": known.float()}
     for title, net in nets.items():
         (p,), q = net(x).detach().softmax(1), importance_maps(net, x)["focus"]
         strips[f"focus of {title}: {store.classes[p.argmax()]!r} with {float(p.max()):.0%}; "
-               f"average precision {precision(q)}"] = q
+               f"average precision {percent(q)}"] = q
     fig, axes = plt.subplots(len(strips), figsize=(9, 2.4 * len(strips)), layout="constrained")
-    for ax, (title, q) in zip(axes, strips.items()):
-        draw_strip(x[0, :3].permute(3, 1, 2, 0).numpy(), store.skeleton, 9, q[0].numpy(), ax=ax,
-                   title=title, colour_bar=" ", vmin=0, vmax=1)
-    fig.suptitle(f"{store.classes[y[0]]!r}, the clip of median average precision (of {judge[0]}; "
-                 f"{len(clips)} test clips; by chance {precision(torch.zeros(known.shape))})")
+    for k, (title, q) in enumerate(strips.items()):
+        draw_strip(x[0, :3].permute(3, 1, 2, 0).numpy(), store.skeleton, 9, q[0].numpy(),
+                   ax=axes[k], title=title, colour_bar="focus Q" if k else "answer", vmax=1)
+    chance = percent(torch.zeros(known.shape))
+    fig.suptitle(f"{store.classes[y[0]]!r}: of {len(clips)} test clips, the one in which the focus "
+                 f"of {judge[0]} has the median average precision\n(100% if the focus is highest "
+                 f"on the joints that carry the action, {chance} by chance)", fontsize=10)
     return fig
 
 
 def _shipped(classes, options):
-    "Row → (network, header): the shipped ones, if there, of these classes and for this input."
+    "Row → (network, its Config): the shipped ones, if there, of these classes and this input."
     rows = "M1", "M4", "Le"
     nets = dict(zip(rows, map(load_checkpoint, shipped_checkpoints(rows))))
     fit = all((h["classes"], batch_options(h)) == (classes, options) for _, h in nets.values())
-    return nets if fit else {}
+    return {row: (net, Config.from_json(json.dumps(h["config"])))
+            for row, (net, h) in nets.items() if fit}
 
 
 def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.DataFrame:
     """Synthetic people as raw files, read into a store; M1–M5; Table 5, and pictures in `folder`.
 
-    Called again it goes on. `config` is the baseline's (None: the synthetic preset, a little
-    shorter), `synthetic` a SyntheticConfig. Beside its networks stand the shipped ones, if they fit.
+    Called again it goes on. `config` is the baseline's (None: the synthetic preset, shorter),
+    `synthetic` a SyntheticConfig. Beside its networks stand the shipped ones, where they fit.
     """
     folder, data = Path(folder), Path(folder, "synthetic")
     if not (data / "header.json").exists():
@@ -779,20 +782,18 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
     print(f"2/3 MS-G3D and four STF networks, {len(train)} clips to train, {len(test)} to test")
     records = ablation(config, [config.seed], TABLE5, folder / "results", store, progress=progress)
     table, stages = table5(records), ROWS["M4"].configs(config, config.seed)
-    nets = {f"this demo's {row}": load_checkpoint(c.run_folder)[0]
-            for row, c in zip(("M1", "M4"), stages)}
-    judge, doses = [*nets.items()][0], f"{dose(stages[1], len(train)):.2g} here"
+    nets = {f"this demo's {row}": load_checkpoint(stage.run_folder)[0]
+            for row, stage in zip(("M1", "M4"), stages)}
+    judge, doses = [*nets.items()][0], f"{dose(stages[1], len(train)):.2g} in this demo"
     if shipped := _shipped(list(store.classes), options):
         scores = {row: predict_scores(net, store, test, **options, progress=False)
                   for row, (net, _) in shipped.items()}
         scores["M5"] = average(scores["M4"], scores["Le"])
         table["shipped top-1"] = pd.Series({row: top_k(s) for row, s in scores.items()})
-        judge, (m4, header) = ("the shipped M1", shipped["M1"][0]), shipped["M4"]
-        trained = Config.from_json(json.dumps(header["config"]))
-        nets["the shipped M4"] = m4
-        doses += f", {dose(trained, len(train)):.2g} in the shipped networks"
+        judge, nets["the shipped M4"] = ("the shipped M1", shipped["M1"][0]), shipped["M4"][0]
+        doses += f", {dose(shipped['M4'][1], len(train)):.2g} in the shipped networks"
     else:
-        print("there are no shipped networks of these classes and for this input to compare with")
+        print("no networks of these classes and this input come with the package: the demo does without")
     table = table.round(2)
     bars = draw_class_difference(figure3(records), title=f"M5 − M1, {config.name}").figure
     foci = _draw_foci(nets, judge, store, test, options, folder / "raw")
@@ -802,6 +803,6 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
         plt.close(fig)
     table.to_csv(folder / "table5.csv")
     print(f"3/3 Table 5: the paper on NTU 60, ours on synthetic clips (one seed: a few points mean "
-          f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage, Σ steps × rate: "
-          f"{doses}, 27 in the paper\n{folder}: table5.csv {' '.join(pictures)}")
+          f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage (Σ steps × rate): "
+          f"{doses}, 27 in the paper's on NTU 60\n{folder}: table5.csv {' '.join(pictures)}")
     return table
