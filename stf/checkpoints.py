@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LONGEST', 'ConfigError', 'CheckpointError', 'closest', 'network_class', 'named_skeleton', 'batch_options',
            'coordinates', 'find_checkpoint', 'read_header', 'read_tensors', 'save_checkpoint', 'build_network',
-           'load_checkpoint', 'start_from', 'read_public']
+           'load_checkpoint', 'start_from', 'shipped_checkpoints', 'read_public']
 
 # %% ../nbs/21_checkpoints.ipynb #a73f21b5
 import importlib
@@ -14,6 +14,7 @@ import re
 import sys
 from dataclasses import asdict
 from difflib import get_close_matches
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -256,6 +257,14 @@ def start_from(
                           f"{unknown[:3]}")
     net.load_state_dict(own | weights)
     return net
+
+# %% ../nbs/21_checkpoints.ipynb #b5d2a7f1
+def shipped_checkpoints(rows=("M4", "Le")) -> list:
+    "Paths of the trained networks (20 synthetic actions) that come with the package, M1, M4 or Le."
+    package = Path(str(resources.files("stf"))).resolve()
+    folders = (package / "weights", package.parent / "data" / "weights")  # installed; a checkout
+    folder = next(filter(Path.is_dir, folders), package / "weights")
+    return [str(folder / f"synthetic-{row.lower()}") for row in rows if folder.is_dir()]
 
 # %% ../nbs/21_checkpoints.ipynb #287180d7
 def read_public(file) -> tuple:

@@ -8,16 +8,18 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from stf import experiments
+from stf.checkpoints import batch_options, read_header, shipped_checkpoints
 from stf.evaluate import average
 from stf.experiments import (CONTRASTS, PRIMARY, READINGS, ROWS, TABLE5, ablation, dose_curve,
                              focus_gains, focus_records, gains, load_records, operations,
                              paper_table, range_records, record_scores, scarce, shift_table,
                              streams, summary, table1, table2, table3, table4, table5)
-from stf.train import Config, ConfigError
+from stf.train import Config, ConfigError, Run
 from test_train import TinyStore, tiny
 
 HERE = Path(__file__).resolve().parent
@@ -384,6 +386,28 @@ def test_streams_and_shares_are_named_and_averaged(tmp_path):
         (0.5, "tiny-p50", 0.5), (1.0, "tiny", 1.0)]
     with pytest.raises(ConfigError, match="fraction is a share"):
         scarce(config, (1.5,))
+
+
+def test_the_demo_compares_with_shipped_networks_of_its_classes_and_input(monkeypatch):
+    header = read_header(shipped_checkpoints()[0])
+    classes, options = header["classes"], batch_options(header)
+    assert [*experiments._shipped(classes, options)] == ["M1", "M4", "Le"]
+    assert not experiments._shipped(classes[:3], options)
+    assert not experiments._shipped(classes, options | {"length": 12})
+    monkeypatch.setattr(experiments, "shipped_checkpoints", lambda rows: [])
+    assert not experiments._shipped(classes, options)
+
+
+def test_the_demo_draws_the_clip_of_median_average_precision(made, monkeypatch):
+    net, store, clips = Run.load(made[0] / "run-seed0").network(), TinyStore(), np.arange(14, 20)
+    found = pd.DataFrame({"average precision (probability)": [0.9, np.nan, 0.1, 0.3, 0.8, 0.5]})
+    monkeypatch.setattr(experiments, "focus_measures", lambda *args, **_: found)
+    monkeypatch.setattr(experiments, "known_answer", lambda *args: torch.ones(6, 1, 8, 3).bool())
+    drawn = []
+    monkeypatch.setattr(experiments, "draw_strip", lambda joints, *args, **_: drawn.append(joints))
+    title = experiments._draw_foci({"M1": net}, ("M1", net), store, clips, {}, "raw")._suptitle
+    assert np.array_equal(drawn[0], store.x[19, :3].transpose(3, 1, 2, 0))  # 0.5 of five numbers
+    assert title.get_text().startswith("'down'") and len(drawn) == 2
 
 
 def test_operations_are_counted():

@@ -8,13 +8,13 @@ import torch
 from matplotlib.figure import Figure
 
 from stf.backbone import MSG3D
-from stf.checkpoints import save_checkpoint
+from stf.checkpoints import save_checkpoint, shipped_checkpoints
 from stf.clips import Clip, open_clips, read_ntu
 from stf.dataset import ClipStore, make_batch
 from stf.extras.explorer import Explanation, _png, explore
 from stf.extras.onnx import OnnxNetwork, export_onnx
 from stf.focus import grad_cam
-from stf.predict import Predictor, shipped_checkpoints
+from stf.predict import Predictor
 from stf.skeleton import SKELETONS
 from stf.stf_module import STFNet
 from stf.synthetic import SyntheticConfig, write_synthetic
