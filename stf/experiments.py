@@ -313,13 +313,13 @@ def table5(records: list) -> pd.DataFrame:
              for name, term in (("L_c", "c"), ("L_d", "d"), ("L_Gk", "g"), ("L_e", "e"))}
     paper = paper_table("table5").rename(columns={"accuracy": "paper", "gain": "paper gain"})
     table = pd.DataFrame(marks, pd.Index(TABLE5, name="row")).join(paper)
-    frame = pd.DataFrame(records, columns=["name", "row", "seed", "top1"])
+    frame = pd.DataFrame(records, columns=["name", "row", "seed", "top1", "dose"])
     for name, part in frame.groupby("name", sort=False):
         top1 = part.pivot_table(index="row", columns="seed", values="top1")
         gain = top1.sub(top1.loc["M1"], axis=1) if "M1" in top1.index else top1 * np.nan
         ours = {"top-1": top1.mean(axis=1), "std": top1.std(axis=1),
                 "gain": gain.mean(axis=1).where(top1.index != "M1"),
-                "seeds": top1.notna().sum(axis=1)}
+                "seeds": top1.notna().sum(axis=1), "dose": part.groupby("row")["dose"].first()}
         table = table.join(pd.DataFrame(ours).add_prefix(f"{name} "))
     return table
 
@@ -396,8 +396,9 @@ def gains(records: list, contrasts: dict | str = "M1") -> pd.DataFrame:
 
 def summary(records: list) -> pd.DataFrame:
     "Each row's accuracy over its seeds, and its gain over M1 of the same seeds, as in `gains`."
-    top1 = pd.DataFrame(records, columns=["row", "top1"]).groupby("row")["top1"]
-    table = pd.DataFrame({"seeds": top1.count(), "top-1": top1.mean(), "std": top1.std()})
+    of = pd.DataFrame(records, columns=["row", "top1", "dose"]).groupby("row")
+    table = pd.DataFrame({"seeds": of["top1"].count(), "dose": of["dose"].first(),
+                          "top-1": of["top1"].mean(), "std": of["top1"].std()})
     table = table.reindex([row for row in ROWS if row in table.index])
     table.insert(0, "what", [ROWS[row].what for row in table.index])
     return table.join(gains(records, "M1")[["gain", "low", "high", "verdict"]])
@@ -666,7 +667,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         return _read(path)
     c, store, curve = config, store or ClipStore(config.data), []
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
-        t = Training(c, store, a)
+        t, where = Training(c, store, a), environment(a.device)
         options = batch_options(t.header)
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
@@ -678,7 +679,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
             t.state.update(epoch=epoch + 1, step=0, sums={})
     write_file(path, {"format": 1, "experiment": "dose", "name": c.name, "row": label,
                       "seed": c.seed, "stream": c.stream, "curve": curve,
-                      "environment": environment(a.device), "config": json.loads(c.to_json())})
+                      "environment": where, "config": json.loads(c.to_json())})
     return _read(path)
 
 # %% ../nbs/30_experiments.ipynb #c676c165
@@ -702,19 +703,20 @@ def range_records(config: Config, results="data/results", store=None) -> list:
     """Records of λ·L and its gradient's norm by READINGS, found or made: on every 11th training
     clip (32 at most), as the stages of a finished M1, M4 and Le begin, and as the second ends.
     """
-    store, records = store or ClipStore(config.data), []
+    records = []
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
     for point, ended in (("first stage, start", False), ("second stage, start", False),
                          ("second stage, end", True)):
         path = _path(results, "ranges", config.name, point.replace(", ", "-"), config.seed)
         ranges = {}
         for reading, (term, changes) in {} if path.exists() else READINGS.items():
+            store = store or ClipStore(config.data)
             c = of["M1" if point.startswith("first") else "Le" if term == "e" else "M4"]
             if c.model == "msg3d" and term == "g":
                 continue
             with one_accelerator(c.device, folder=c.run_folder) as a:
                 t = Training(c.replace(losses=term, **changes), store, a)
-            objective = t.loss
+                where, objective = environment(a.device), t.loss
             if ended:
                 objective.net.load_state_dict(Run.load(c.run_folder).network().state_dict())
             x, y = store.batch(t.train[::11][:32], **t.input)
@@ -722,7 +724,7 @@ def range_records(config: Config, results="data/results", store=None) -> list:
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,
                               "row": point, "seed": config.seed, "stream": config.stream,
-                              "ranges": ranges, "environment": environment(a.device),
+                              "ranges": ranges, "environment": where,
                               "config": json.loads(of["M4"].to_json())})
         records.append(_read(path))
     return records
@@ -804,5 +806,5 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
     table.to_csv(folder / "table5.csv")
     print(f"3/3 Table 5: the paper on NTU 60, ours on synthetic clips (one seed: a few points mean "
           f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage (Σ steps × rate)"
-          f": {doses}, 27 in the paper's on NTU 60\n{folder}: table5.csv {' '.join(pictures)}")
+          f": {doses}, 27 in the paper (NTU 60)\n{folder}: table5.csv {' '.join(pictures)}")
     return table

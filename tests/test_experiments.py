@@ -15,9 +15,10 @@ import torch
 from stf import experiments
 from stf.checkpoints import batch_options, read_header, shipped_checkpoints
 from stf.evaluate import average
-from stf.experiments import (CONTRASTS, PRIMARY, ROWS, TABLE5, ablation, focus_gains, focus_records,
-                             gains, load_records, operations, paper_table, record_scores, scarce,
-                             shift_table, streams, summary, table1, table2, table3, table4, table5)
+from stf.experiments import (CONTRASTS, PRIMARY, READINGS, ROWS, TABLE5, ablation, dose_curve,
+                             focus_gains, focus_records, gains, load_records, operations,
+                             paper_table, range_records, record_scores, scarce, shift_table,
+                             streams, summary, table1, table2, table3, table4, table5)
 from stf.train import Config, ConfigError, Run
 from test_train import TinyStore, tiny
 
@@ -241,6 +242,27 @@ def test_every_row_trains(tmp_path, monkeypatch):
     assert (moved["difference"] == 0).all() and list(moved["seeds"]) == [1, 1]
     means = focus[0]["by_class"]["average precision (chance)"]
     assert list(means) == ["down", "still", "up"] and means["up"] < means["down"] < means["still"]
+
+
+def test_ranges_and_doses_are_records(tmp_path):
+    """λ·L scales with λ; a curve begins before the first step; neither is computed twice."""
+    base, store = quick(tmp_path / "r", preprocess="paper"), TinyStore()
+    ablation(base, rows=("M4", "Le"), results=tmp_path, store=store, progress=False)
+    made = range_records(base, tmp_path, store)
+    start, end = made[1]["ranges"], made[2]["ranges"]
+    assert [len(r["ranges"]) for r in made] == [len(READINGS) - 4, *[len(READINGS)] * 2]  # no β
+    assert start["L_e, probability, λ = 1"]["e"] == pytest.approx(
+        [100 * v for v in start["L_e, probability"]["e"]])
+    assert start["L_Gk, rms, sum"]["g"] == pytest.approx(
+        [6 * v for v in start["L_Gk, rms, mean"]["g"]])
+    assert start["L_d, rms"]["ce"] != end["L_d, rms"]["ce"]
+    assert range_records(base, tmp_path, None) == made
+    stage = config_of(base, "M4").replace(folder=str(tmp_path / "c"), lr=0.5, epochs=2)
+    curve = dose_curve(stage, "M4", (0, 2), tmp_path, store, progress=False)
+    steps = -(-len(store.split("xsub")[0]) // stage.batch_size)
+    assert [line["dose"] for line in curve["curve"]] == [0, 2 * 0.5 * steps]
+    before, after = (line["β follows Q"] for line in curve["curve"])
+    assert before != after and dose_curve(stage, "M4", (0, 2), tmp_path, None) == curve
 
 
 def test_a_held_row_is_left_to_its_process_and_a_nan_costs_its_own_row(tmp_path, monkeypatch):
