@@ -795,7 +795,7 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
         judge, nets["the shipped M4"] = ("the shipped M1", shipped["M1"][0]), shipped["M4"][0]
         doses += f", {dose(shipped['M4'][1], len(train)):.2g} in the shipped networks"
     else:
-        print("no networks of these classes and this input come with the package: the demo does without")
+        print("the package has no networks of these classes and this input: the demo does without")
     table = table.round(2)
     bars = draw_class_difference(figure3(records), title=f"M5 − M1, {config.name}").figure
     foci = _draw_foci(nets, judge, store, test, options, folder / "raw")
@@ -805,6 +805,6 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
         plt.close(fig)
     table.to_csv(folder / "table5.csv")
     print(f"3/3 Table 5: the paper on NTU 60, ours on synthetic clips (one seed: a few points mean "
-          f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage (Σ steps × rate): "
-          f"{doses}, 27 in the paper's on NTU 60\n{folder}: table5.csv {' '.join(pictures)}")
+          f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage (Σ steps × rate)"
+          f": {doses}, 27 in the paper (NTU 60)\n{folder}: table5.csv {' '.join(pictures)}")
     return table
