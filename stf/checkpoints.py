@@ -238,10 +238,11 @@ def start_from(
     given, own = read_header(path), net.state_dict()
     header = {**header, **vars(net), "skeleton": asdict(net.skeleton)}
     other_head = new_head and given["classes"] != list(header["classes"])
-    sizes = (k for k in net.hparams if k not in ("num_classes", "beta_kernel"))
+    usual, own_sizes = {**_USUAL, "beta_kernel": "3x1"}, network_class(given["model"]).hparams
+    sizes = (k for k in net.hparams if k in own_sizes and k != "num_classes")
     keys = ("stream", "preprocess", *_USUAL, *sizes)
     for key in ("classes", "skeleton", *keys)[other_head:]:
-        pair = (of.get(key, _USUAL.get(key)) for of in (header, given))
+        pair = (of.get(key, usual.get(key)) for of in (header, given))
         mine, other = (str(json.loads(json.dumps(value))) for value in pair)
         if mine != other:
             raise ConfigError(f"can't start from {path}: its {key} is {other[:60]}, "

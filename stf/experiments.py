@@ -777,7 +777,7 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
         print(f"1/3 synthetic people as raw .skeleton files in {folder / 'raw'}, read into {data}")
         write_synthetic(folder / "raw", *([synthetic] if synthetic else []), progress=progress)
         ClipStore.build(open_clips(folder / "raw"), data, progress=progress)
-    store, short = ClipStore(data), dict(epochs=10, milestones=(7, 9), stf_epochs=2)
+    store, short = ClipStore(data), dict(epochs=10, milestones=(7, 9), stf_epochs=2, stf_lr=0.005)
     config = config or Config.preset("synthetic", **short, stf_milestones=(1,), name="demo")
     config = config.replace(data=str(data), folder=str(folder / "runs" / "synthetic"))
     (train, test), options = store.split(config.protocol), batch_options(vars(config))

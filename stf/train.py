@@ -473,6 +473,7 @@ def same_config(a: Config, b: Config) -> list:
     def computed(c):
         used = {k: v for k, v in vars(c.loss_weights).items() if v}
         idle = (*_IDLE, *(f"lambda_{k}" for k in "edcg"), *(() if used else _FOCUS))
+        idle += () if getattr(network_class(c.model), "has_beta", False) else ("beta_kernel",)
         values = {k: v for k, v in asdict(c).items() if k not in idle}
         init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now
         return values | {"losses": used, "init": init}
