@@ -155,11 +155,11 @@ def test_unequal_records_are_never_pooled(made, tmp_path):
     write(0)
     write(1, seed=1, device="auto", init="moved/tiny-seed1", data="moved/nowhere", ema=0.0)
     assert len(load_records(tmp_path)) == 2
-    write(2, "first", norm="rms")
+    write(2, "first", norm="frobenius")
     assert len(load_records(tmp_path)) == 2 and len(load_records(tmp_path / "first")) == 1
-    write(3, norm="rms", data="elsewhere")
-    with pytest.raises(ConfigError, match="M4-seed0.json and .*M4-seed3.json .*norm 'frobenius' "
-                                          "and 'rms', data 'nowhere' and 'elsewhere'"):
+    write(3, norm="frobenius", data="elsewhere")
+    with pytest.raises(ConfigError, match="M4-seed0.json and .*M4-seed3.json .*norm 'rms' "
+                                          "and 'frobenius', data 'nowhere' and 'elsewhere'"):
         load_records(tmp_path, row="M4")
 
 
@@ -411,7 +411,7 @@ def test_the_demo_draws_the_clip_of_median_average_precision(made, monkeypatch):
 
 
 def test_operations_are_counted():
-    table = operations(Config.preset("synthetic", length=16))
+    table = operations(Config(length=30))
     assert 0 < table.loc["STF", "more (%)"] < 10
 
 
