@@ -154,7 +154,10 @@ def tables():
     "Table 5 and the gains, from the records."
     folder = ROOT / "data" / "results" / "first"
     records = load_records(folder, experiment="ablation", name="ucla-small")
-    known = {q: pair for q, pair in CONTRASTS.items() if "M1+M1" not in pair}
+    new = {"M1+M1", "M4-frobenius", "M4-3x1", "M2-guide", "Ld-logit", "Ld-overlap",
+           "Ld-overlap-logit", "Le-1", "Le-1-random", "Le-score", "Le-detached"}
+    known = {q: pair for q, pair in CONTRASTS.items() if not new & {*pair}}
+    known["reading: rms, not Frobenius?"] = "M4-rms", "M4"
     numbers = gains(records, known)[["seeds", "gain", "std"]].astype(float)
     marks = ["L_c", "L_d", "L_Gk", "L_e", "ucla-small dose"]
     wide = table5(records).drop(columns=marks).astype(float)
