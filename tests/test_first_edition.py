@@ -27,7 +27,7 @@ from stf.train import Config, presets
 
 ROOT = Path(__file__).resolve().parent.parent
 FIXTURES = Path(__file__).resolve().parent / "fixtures"
-SHIPPED = {name: ROOT / "data" / "weights" / f"synthetic-{name}" for name in ("m1", "m4", "le")}
+SHIPPED = {name: FIXTURES / "weights" / f"synthetic-{name}" for name in ("m1", "m4", "le")}
 DROPPED = ("ema", "sync-bn", "nesterov", "decay", "evaluate-every", "aug-")  # now --augment
 
 
