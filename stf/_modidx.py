@@ -75,6 +75,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'stf.backbone._batch_norms': ('backbone.html#_batch_norms', 'stf/backbone.py'),
                               'stf.backbone._temporal_conv': ('backbone.html#_temporal_conv', 'stf/backbone.py'),
                               'stf.backbone.aggregate': ('backbone.html#aggregate', 'stf/backbone.py'),
+                              'stf.backbone.batch_statistics': ('backbone.html#batch_statistics', 'stf/backbone.py'),
                               'stf.backbone.frozen_norms': ('backbone.html#frozen_norms', 'stf/backbone.py'),
                               'stf.backbone.fuse': ('backbone.html#fuse', 'stf/backbone.py'),
                               'stf.backbone.load_msg3d': ('backbone.html#load_msg3d', 'stf/backbone.py'),

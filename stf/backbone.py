@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['aggregate', 'MultiScaleGraphConv', 'window_adjacency', 'WindowGraphConv', 'MultiScaleTemporalConv', 'Features',
-           'frozen_norms', 'SkeletonNetwork', 'MSG3D', 'use_checkpointing', 'fuse', 'load_msg3d']
+           'frozen_norms', 'batch_statistics', 'SkeletonNetwork', 'MSG3D', 'use_checkpointing', 'fuse', 'load_msg3d']
 
 # %% ../nbs/01_backbone.ipynb #55018e69
 import copy
@@ -224,6 +224,26 @@ def frozen_norms(net: nn.Module):
     finally:
         for layer in layers:
             layer.training = True
+
+
+@contextmanager
+def batch_statistics(net: nn.Module):
+    """Context of a training step whose first pass gives its statistics to those in `frozen_norms`.
+
+    At its end the running statistics have moved as that first pass alone moves them.
+    """
+    kind = nn.modules.batchnorm._BatchNorm
+    norms = [m for m in net.modules()
+             if isinstance(m, kind) and m.training and m.track_running_stats]
+    kept = [(m.momentum, m.running_mean, m.running_var) for m in norms]
+    for m, (_, mean, var) in zip(norms, kept):
+        m.momentum, m.running_mean, m.running_var = 1.0, mean.clone(), var.clone()
+    try:
+        yield
+    finally:
+        for m, (momentum, mean, var) in zip(norms, kept):
+            mean.lerp_(m.running_mean, momentum), var.lerp_(m.running_var, momentum)
+            m.momentum, m.running_mean, m.running_var = momentum, mean, var
 
 # %% ../nbs/01_backbone.ipynb #42e79d08
 class SkeletonNetwork(nn.Module):

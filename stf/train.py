@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .backbone import MSG3D, load_msg3d, use_checkpointing
+from .backbone import MSG3D, batch_statistics, load_msg3d, use_checkpointing
 from .checkpoints import (LONGEST, CheckpointError, ConfigError, batch_options, build_network,
                              closest, load_checkpoint, network_class, read_header, read_public,
                              read_tensors, save_checkpoint, start_from)
@@ -92,6 +92,7 @@ class Config:
     exploration: Literal["probability", "score"] = "probability"  # what L_e lowers
     mask: Literal["all", "coordinates"] = "all"  # channels that L_e masks (coordinates: 3 of 4)
     mask_gradient: bool = True  # L_e's gradient also flows through Q
+    statistics: Literal["running", "batch"] = "running"  # batch norm's, in L_e's and L_c's passes
     norm_g: Literal[NORMS] = "frobenius"  # of L_Gk
     modules_g: Literal["sum", "mean"] = "sum"  # L_Gk over the modules
     control: Literal["", "shuffled", "random"] = ""  # wrong focus, another clip's (g) or random (e)
@@ -332,6 +333,7 @@ class Training:
         c, a, s, epoch = self.config, self.accelerator, self.state, self.state["epoch"]
         self.batches.set_epoch(epoch)
         self.net.train(not c.train_only)
+        step = batch_statistics if c.statistics == "batch" else nullcontext
         if c.compile:
             self.net.features = self.compiled
         self.optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
@@ -343,7 +345,8 @@ class Training:
             seed = np.random.SeedSequence([c.seed, epoch, i, a.process_index])
             torch.manual_seed(int(seed.generate_state(1)[0]))  # of dropout and of random controls
             with a.accumulate(self.loss):
-                terms = self.loss(x, y)
+                with step(self.net):
+                    terms = self.loss(x, y)
                 a.backward(terms["loss"] * (len(y) * self.batches.parts / len(clips)))
                 if a.sync_gradients:
                     norm = a.clip_grad_norm_(self.trained, c.clip_grad or math.inf)
@@ -472,7 +475,8 @@ def same_config(a: Config, b: Config) -> list:
     "Names of the values by which two configurations compute something different."
     def computed(c):
         used = {k: v for k, v in vars(c.loss_weights).items() if v}
-        idle = (*_IDLE, *(f"lambda_{k}" for k in "edcg"), *(() if used else _FOCUS))
+        idle = (*_IDLE, *(f"lambda_{k}" for k in "edcg"))
+        idle += () if used else (*_FOCUS, "statistics")
         idle += () if getattr(network_class(c.model), "has_beta", False) else ("beta_kernel",)
         values = {k: v for k, v in asdict(c).items() if k not in idle}
         init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now

@@ -145,8 +145,8 @@ def traces():
 
 
 def predictions():
-    "Probabilities of the shipped networks together for the forty clips, and the focus."
-    answers = predict_all(stored_clips(), device="cpu", focus=True)
+    "Probabilities of M4 and Le together for the forty clips, and the focus."
+    answers = predict_all(stored_clips(), [SHIPPED["m4"], SHIPPED["le"]], device="cpu", focus=True)
     return {a.name: np.concatenate([a.probabilities, sample(a.focus)]) for a in answers}
 
 
@@ -155,7 +155,7 @@ def tables():
     folder = ROOT / "data" / "results" / "first"
     records = load_records(folder, experiment="ablation", name="ucla-small")
     new = {"M1+M1", "M4-frobenius", "M4-3x1", "M2-guide", "Ld-logit", "Ld-overlap",
-           "Ld-overlap-logit", "Le-1", "Le-1-random", "Le-score", "Le-detached"}
+           "Ld-overlap-logit", "Le-1", "Le-1-random", "Le-1-running", "Le-score", "Le-detached"}
     known = {q: pair for q, pair in CONTRASTS.items() if not new & {*pair}}
     known["reading: rms, not Frobenius?"] = "M4-rms", "M4"
     numbers = gains(records, known)[["seeds", "gain", "std"]].astype(float)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 import stf.backbone
-from stf.backbone import (MSG3D, MultiScaleTemporalConv, frozen_norms, load_msg3d,
+from stf.backbone import (MSG3D, MultiScaleTemporalConv, batch_statistics, frozen_norms, load_msg3d,
                           use_checkpointing)  # fmt: skip
 from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
@@ -196,6 +196,26 @@ def test_losses_of_an_empty_clip_under_autocast_and_guided(make, sizes):
         STFLoss(net, LossWeights(0, 0, 1, 0), guide=guide)(clips(net), FOUR)["c"].backward()
         seen.append(torch.cat([g.flatten() for g in grads(net).values()]))
     assert seen[0].shape != seen[1].shape or not torch.allclose(*seen)
+
+
+@each_network
+def test_passes_in_the_statistics_of_the_first(make, sizes):
+    "They move nothing: afterwards the running statistics are those of one pass."
+    other = stirred(make(5, DOG, 4, 2, **sizes).double(), 0.3).train()
+    for layer in other.modules():
+        layer.p = 0.0  # no dropout
+    net = copy.deepcopy(other)
+    x, buffers = clips(net, 6), dict(net.named_buffers())
+    with batch_statistics(net):
+        first = net(x)
+        with frozen_norms(net):
+            again, less = net(x), net(0.5 * x)
+    (first + less).sum().backward()  # what the passes used was not changed after them
+    assert 5 * (first - again).abs().max() < (first - less).abs().max()
+    other(x)
+    for name, value in other.named_buffers():
+        assert net.get_buffer(name) is buffers[name]
+        assert torch.allclose(buffers[name].double(), value.double(), rtol=1e-9), name
 
 
 @each_network
