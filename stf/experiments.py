@@ -640,6 +640,8 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "overlap (logit)": [(row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap-logit")],
     "modules 5, 6 agree": [("M2", "STF-CE"), ("M2-guide", "STF-CE"), ("M4", "STF-CE")],
     "β follows Q": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"), ("M4", "STF-CE")],
+    "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
+                                            ("M4", "STF-CE")],
     "average precision (probability)": [
         *((row, "STF-CE") for row in ("M2", "Ld", "Lg", "M4", "Le", "Le-1")), ("STF-CE", "M1")],
     "average precision (logit)": [("M4", "STF-CE"), ("Le-1", "STF-CE")],

@@ -281,11 +281,12 @@ def focus_measures(
     batch_size: int = 64,  # clips at a time
     known: torch.Tensor | None = None,  # (N,M,T,V) bool, from known_answer
     others: dict | None = None,  # name → (N,M,T,V): maps to measure against it beside Q
-) -> pd.DataFrame:  # a row a clip; "β follows Q" is NaN without β
+) -> pd.DataFrame:  # a row a clip; what β does is NaN without β
     """Coverage and mean of Q; overlap of the top two classes' foci, under both scores; agreement of
-    modules 5 and 6; correlation of the β with Q; probability of the predicted class, also with Q
-    hidden in the input, and its values at random places; is it right? Where the answer is known:
-    Q on it, and localisation by Q under both scores, by motion, by chance and by other maps.
+    modules 5 and 6; correlation of the β with Q, and how far that is ahead of the same with the Q
+    of the clip before (NaN where that has other bodies); probability of the predicted class, also
+    with Q hidden in the input, and its values at random places; is it right? Where the answer is
+    known: Q on it, and localisation by Q under both scores, by motion, chance and other maps.
     """
     frames = []
     for start in range(0, len(clips), batch_size):
@@ -299,8 +300,10 @@ def focus_measures(
             q = {score: [grad_cam(f, net.head, classes, score) for classes in top]
                  for score in ("probability", "logit")}
             own, nothing = q["probability"][0], torch.full((len(x),), torch.nan)
-            follow = [focus_agreement(b, resample_focus(own, b.shape[2]), f.present)
-                      for b in f.beta] or [nothing] * 6
+            alike = (f.present == f.present.roll(1, 0)).all(1) & (len(x) > 1)  # as many bodies
+            follow, other = ([focus_agreement(b, resample_focus(m, b.shape[2]), f.present)
+                              for b in f.beta] or [nothing] * 6 for m in (own, own.roll(1, 0)))
+            ahead = torch.stack(follow).mean(0) - torch.stack(other).mean(0)
             left = [net(mask_input(x, hidden)).softmax(1).gather(1, top[:1].t())[:, 0]
                     for hidden in (own, permute_focus(own, f.present))]
         inner = module_focus(net, f, top[0])
@@ -310,6 +313,7 @@ def focus_measures(
             "modules 5, 6 agree": focus_agreement(*inner.values(), f.present),
             "β follows Q": torch.stack(follow).mean(0),
             **{f"β follows Q, module {k}": b for k, b in enumerate(follow, 1)},
+            "β follows its Q more than another's": torch.where(alike, ahead, torch.nan),
             "mean of Q": own.mean((2, 3)).sum(1) / f.present.sum(1).clamp(min=1),
             "probability": logits.softmax(1).amax(1), "probability, Q hidden": left[0],
             "probability, as much hidden at random": left[1], "correct": (top[0] == y).float()}

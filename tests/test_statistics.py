@@ -197,8 +197,8 @@ def test_fresh_weights_are_in_the_named_parts_only(tmp_path):
     measures = focus_measures(*what, batch_size=2, **other)
     assert torch.equal(torch.get_rng_state(), state)
     assert measures.index.tolist() == ["clip14", "clip15", "clip16"]
-    β = measures.filter(like="β follows Q")
-    assert β.shape == (3, 7) and β.isna().all(axis=None)
+    β = measures.filter(like="β follows")
+    assert β.shape == (3, 8) and β.isna().all(axis=None)
     assert measures.drop(columns=β.columns).notna().all(axis=None)
     assert measures["coverage"].between(0, 1).all() and (measures["IoU (itself)"] == 1).all()
     whole = focus_measures(*what, **other).filter(regex=r"\(")  # no clip gets another's answer
