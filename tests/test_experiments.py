@@ -416,6 +416,13 @@ def test_operations_are_counted():
     assert 0 < table.loc["STF", "more (%)"] < 10
 
 
+def readme_table(name):
+    "Lines of the README's table between two comments."
+    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
+    part = text[text.index(f"<!-- {name} -->") : text.index(f"<!-- {name} end -->")]
+    return [line for line in part.splitlines() if line.startswith("|")][2:]
+
+
 def test_every_result_in_the_readme_comes_from_records():
     """Records that are made anew must not leave old numbers in the README."""
     shown = (*TABLE5, "CE", "CE+CE", "STF-CE")
@@ -426,7 +433,15 @@ def test_every_result_in_the_readme_comes_from_records():
         of = ("", "") if row == "M1" else (f"{gain} ({low} to {high})", r["verdict"])
         level = f"{r['seeds']:.0f} | {r['top-1']:.1f} ± {r['std']:.1f}"
         wanted.append(f"| {row} | {r['what']} | {level} | {of[0]} | {of[1]} |")
-    text = (HERE.parent / "README.md").read_text(encoding="utf-8")
-    part = text[text.index("<!-- results -->") : text.index("<!-- results end -->")]
-    found = [line for line in part.splitlines() if line.startswith("|")][2:]
-    assert found == wanted, "the README should say:\n" + "\n".join(wanted)
+    assert readme_table("results") == wanted, "the README should say:\n" + "\n".join(wanted)
+    trained, focus = (load_records(FIRST.parent, experiment=k, name="synthetic")
+                      for k in ("ablation", "focus"))
+    known = pd.DataFrame([r["measures"] for r in focus], [r["row"] for r in focus])
+    known = known["average precision (probability)"].groupby(level=0).mean()
+    of, wanted = gains(trained, "STF-CE"), []
+    for row, r in summary(trained).query("seeds >= 5").iterrows():
+        gain = "" if row == "STF-CE" else "{:+.1f} ({:+.1f} to {:+.1f})".format(
+            *(round(of.loc[row, k], 1) + 0.0 for k in ("gain", "low", "high")))
+        level = f"{r['seeds']:.0f} | {r['top-1']:.1f} ± {r['std']:.1f}"
+        wanted.append(f"| {row} | {r['what']} | {level} | {gain} | {known[row]:.2f} |")
+    assert readme_table("synthetic") == wanted, "the README should say:\n" + "\n".join(wanted)
