@@ -809,6 +809,17 @@ def test_augmented_clips_resume_exactly(tmp_path, clips, interruptible, monkeypa
     assert load_checkpoint(first.folder)[1]["time"] == "resize"
 
 
+def test_the_choice_of_statistics_moves_later_passes_alone(tmp_path):
+    def ends(losses, **changes):
+        return [weights(go(tmp_path / f"{s}-{losses}", statistics=s, model="stf", losses=losses,
+                           epochs=1, **changes).folder) for s in ("running", "batch")]
+
+    a, b = ends("e", lambda_e=1.0)
+    assert not torch.allclose(a["fc.weight"], b["fc.weight"], atol=1e-6)
+    a, b = ends("")
+    assert all(torch.allclose(a[k].double(), b[k].double(), rtol=1e-4, atol=1e-6) for k in a)
+
+
 # ---- published weights
 
 
