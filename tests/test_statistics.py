@@ -16,6 +16,7 @@ from stf.dataset import ClipStore
 from stf.evaluate import Scores, class_tests, differences, mcnemar, paired_interval, verdict
 from stf.faithfulness import (areas, class_mean, focus_measures, known_answer, localisation,
                               occlude, occlusion_curve, reinitialise)
+from stf.focus import grad_cam
 from stf.losses import LossWeights, STFLoss, mask_input, permute_focus
 from stf.preparation import prepare
 from stf.synthetic import SyntheticConfig, read_action_masks, write_synthetic
@@ -204,6 +205,24 @@ def test_fresh_weights_are_in_the_named_parts_only(tmp_path):
     whole = focus_measures(*what, **other).filter(regex=r"\(")  # no clip gets another's answer
     np.testing.assert_allclose(measures[whole.columns], whole, atol=1e-5)
     assert not focus_measures(*what).columns.str.contains("IoU").any()
+
+    plain, own = net.features, "β follows its Q more than another's"
+
+    def taught(shift):
+        "Features whose β is the focus of the same clip, or of the clip `shift` places before."
+        def features(x):
+            f = plain(x)
+            q = grad_cam(f, net.head, net.head(f.last).argmax(1))
+            return f._replace(beta=(q.roll(shift, 0),) * 6)
+        return features
+
+    net.features = taught(0)
+    right = focus_measures(*what)
+    net.features = taught(1)
+    wrong = focus_measures(*what)
+    np.testing.assert_allclose(right["β follows Q"], 1, atol=1e-5)
+    assert (right[own] > 0).all()
+    np.testing.assert_allclose(wrong[own], -right[own], atol=1e-5)
 
 
 # ---- the known answer
