@@ -715,7 +715,8 @@ def range_records(config: Config, results="data/results", store=None) -> list:
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
     for point, ended in (("first stage, start", False), ("second stage, start", False),
                          ("second stage, end", True)):
-        path = _path(results, "ranges", config.name, point.replace(", ", "-"), config.seed)
+        label = "-".join(point.replace(",", "").split())
+        path = _path(results, "ranges", config.name, label, config.seed)
         ranges = {}
         for reading, (term, changes) in {} if path.exists() else READINGS.items():
             store = store or ClipStore(config.data)
