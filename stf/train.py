@@ -80,7 +80,7 @@ class Config:
     clip_grad: float = 0.0  # largest norm of a step's gradient; 0: not clipped
 
     losses: str | None = None  # terms beside cross-entropy, of edcg; None: all for stf, else none
-    lambda_e: float = 0.01  # weight of the exploration loss
+    lambda_e: float = 0.01  # weight of the exploration loss; for 1, set statistics to "batch"
     lambda_d: float = 0.1  # weight of the divergence loss
     lambda_c: float = 0.1  # weight of the coherence loss
     lambda_g: float = 0.01  # weight of the adjacency loss
