@@ -209,6 +209,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.experiments._below': ('experiments.html#_below', 'stf/experiments.py'),
                                  'stf.experiments._differ': ('experiments.html#_differ', 'stf/experiments.py'),
                                  'stf.experiments._draw_foci': ('experiments.html#_draw_foci', 'stf/experiments.py'),
+                                 'stf.experiments._found': ('experiments.html#_found', 'stf/experiments.py'),
                                  'stf.experiments._jobs': ('experiments.html#_jobs', 'stf/experiments.py'),
                                  'stf.experiments._joined': ('experiments.html#_joined', 'stf/experiments.py'),
                                  'stf.experiments._pairs': ('experiments.html#_pairs', 'stf/experiments.py'),

@@ -37,7 +37,7 @@ from .plot import draw_class_difference, draw_strip
 from .process import environment, one_accelerator
 from .skeleton import SKELETONS
 from .synthetic import write_synthetic
-from .train import Config, Run, Training, dose, presets, run, same_config
+from .train import Config, Training, dose, presets, run, same_config
 
 # %% ../nbs/30_experiments.ipynb #0494d4a9
 def paper_table(name: str) -> pd.DataFrame:
@@ -171,6 +171,15 @@ def _differ(record, config):
     return ", ".join(f"{k} {a!r} and {b!r}" for k, (a, b) in found.items() if a != b)
 
 
+def _found(path, config):
+    "The record at a path, or None. ConfigError if it was made with other settings."
+    record = _read(path) if path.exists() else None
+    if record and (differ := _differ(record, config)):
+        raise ConfigError(f"{path} was recorded with other settings than now: {differ}. "
+                          "Choose another name or results folder, or delete it")
+    return record
+
+
 def load_records(results="data/results", **where) -> list:
     """Records under a folder that have these values, e.g. row="M1", sorted by path.
 
@@ -210,11 +219,7 @@ class _Job:
 
     def found(self):
         "The record, or None. ConfigError if it was made with other settings."
-        record = _read(self.path) if self.path.exists() else None
-        if record and (differ := _differ(record, self.configs[-1])):
-            raise ConfigError(f"{self.path} was recorded with other settings than now: {differ}. "
-                              "Choose another name or results folder, or delete it")
-        return record
+        return _found(self.path, self.configs[-1])
 
     def make(self, stores, progress):
         "Train or average, and record it. BlockingIOError if another process is at work on it."
@@ -597,12 +602,16 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     clip, for `focus_gains`. Rows that haven't finished are left out.
     """
     plan, records = [(row, seed) for seed in seeds for row in ROWS if row in rows], []
+    whole = store
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
         c = ROWS[row].configs(config, seed)[-1]
         path = _path(results, "focus", config.name, row, seed)
-        if not path.exists() and (c.run_folder / "run.json").exists():
-            store, r = store or ClipStore(c.data), Run.load(c.run_folder)
-            (train, test), options = store.split(c.protocol), batch_options(vars(c))
+        record = _found(path, c)
+        if record is None and (c.run_folder / "run.json").exists():
+            whole = whole or ClipStore(c.data)
+            r, options = run(c, whole, progress=False), batch_options(vars(c))
+            store = whole.subset(classes=list(c.classes)) if c.classes else whole
+            train, test = store.split(c.protocol)
             what, more = (r.network(), store, test, options), {}
             if folder is not None:
                 seen, known = (known_answer(store, k, folder, options) for k in (train, test))
@@ -624,7 +633,8 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
                 "measures": {k: None if np.isnan(v) else float(v) for k, v in means.items()},
                 "by_class": by_class, "environment": r.record["environment"],
                 "config": json.loads(c.to_json())})
-        records += [_read(path)] if path.exists() else []
+            record = _read(path)
+        records += [record] if record else []
     return records
 
 # %% ../nbs/30_experiments.ipynb #188e8377
@@ -671,12 +681,12 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
     each of the `epochs`, from 0, with its `dose` and focus measures (and localisation, `folder`).
     """
     path = _path(results, "dose", config.name, label, config.seed)
-    if path.exists():
-        return _read(path)
-    c, store, curve = config, store or ClipStore(config.data), []
+    if record := _found(path, config):
+        return record
+    c, curve = config, []
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
-        t, where = Training(c, store, a), environment(a.device)
-        options = batch_options(t.header)
+        t, where = Training(c, store or ClipStore(c.data), a), environment(a.device)
+        store, options = t.store, batch_options(t.header)
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
             if epoch in epochs:
@@ -717,8 +727,8 @@ def range_records(config: Config, results="data/results", store=None) -> list:
                          ("second stage, end", True)):
         label = "-".join(point.replace(",", "").split())
         path = _path(results, "ranges", config.name, label, config.seed)
-        ranges = {}
-        for reading, (term, changes) in {} if path.exists() else READINGS.items():
+        record, ranges = _found(path, of["M4"]), {}
+        for reading, (term, changes) in {} if record else READINGS.items():
             store = store or ClipStore(config.data)
             c = of["M1" if point.startswith("first") else "Le" if term == "e" else "M4"]
             if c.model == "msg3d" and term == "g":
@@ -727,15 +737,16 @@ def range_records(config: Config, results="data/results", store=None) -> list:
                 t = Training(c.replace(losses=term, **changes), store, a)
                 where, objective = environment(a.device), t.loss
             if ended:
-                objective.net.load_state_dict(Run.load(c.run_folder).network().state_dict())
-            x, y = store.batch(t.train[::11][:32], **t.input)
+                objective.net.load_state_dict(run(c, store).network().state_dict())
+            x, y = t.store.batch(t.train[::11][:32], **t.input)
             ranges[reading] = loss_ranges(objective.train(), x, y)
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,
                               "row": point, "seed": config.seed, "stream": config.stream,
                               "ranges": ranges, "environment": where,
                               "config": json.loads(of["M4"].to_json())})
-        records.append(_read(path))
+            record = _read(path)
+        records.append(record)
     return records
 
 # %% ../nbs/30_experiments.ipynb #87ba1495

@@ -473,16 +473,17 @@ _IDLE = "folder device data tracker save_every stf_lr stf_epochs stf_milestones"
 
 def same_config(a: Config, b: Config) -> list:
     "Names of the values by which two configurations compute something different."
-    def computed(c):
-        used = {k: v for k, v in vars(c.loss_weights).items() if v}
-        idle = (*_IDLE, *(f"lambda_{k}" for k in "edcg"))
+    terms = [{k for k, v in vars(c.loss_weights).items() if v} for c in (a, b)]
+
+    def computed(c, used):
+        idle = (*_IDLE, *(f"lambda_{k}" for k in {*"edcg"} - set.union(*terms)))
         idle += () if used else (*_FOCUS, "statistics")
         idle += () if getattr(network_class(c.model), "has_beta", False) else ("beta_kernel",)
         values = {k: v for k, v in asdict(c).items() if k not in idle}
         init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now
         return values | {"losses": used, "init": init}
 
-    one, other = computed(a), computed(b)
+    one, other = map(computed, (a, b), terms)
     return [k for k in vars(a) if one.get(k) != other.get(k)]
 
 

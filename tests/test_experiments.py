@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from copy import copy
 from dataclasses import fields
 from pathlib import Path
 
@@ -162,6 +163,37 @@ def test_unequal_records_are_never_pooled(made, tmp_path):
     with pytest.raises(ConfigError, match="M4-seed0.json and .*M4-seed3.json .*norm 'rms' "
                                           "and 'frobenius', data 'nowhere' and 'elsewhere'"):
         load_records(tmp_path, row="M4")
+    write(3, lambda_d=5.0)
+    with pytest.raises(ConfigError, match=r"M4-seed3.json .*\(lambda_d 0.1 and 5.0\)"):
+        load_records(tmp_path, row="M4")
+
+
+class Parts(TinyStore):
+    "A TinyStore with a subset of some classes."
+    def subset(self, classes):
+        part, numbers = copy(self), [self.classes.index(k) for k in classes]
+        keep = np.flatnonzero(np.isin(self.labels, numbers))
+        part.names, part.x, part.classes = [self.names[i] for i in keep], self.x[keep], classes
+        part.labels = np.searchsorted(numbers, self.labels[keep])
+        part.split = lambda protocol: (np.flatnonzero(keep < 14), np.flatnonzero(keep >= 14))
+        return part
+
+
+def test_measured_is_what_was_trained_and_nothing_else(tmp_path):
+    """Focus records and curves are of the test clips of a run's classes, by its settings."""
+    base, store = quick(tmp_path / "r", classes=("down", "still")), Parts()
+    (m1,) = ablation(base, rows=("M1",), results=tmp_path, store=store, progress=False)
+    (found,) = focus_records(base, ("M1",), (0,), tmp_path, store, progress=False)
+    stage = config_of(base, "M1").replace(folder=str(tmp_path / "c"))
+    curve = dose_curve(stage, "M1", (0, 1), tmp_path, store, progress=False)["curve"]
+    assert found["measures"]["correct"] == curve[-1]["correct"] == m1["top1"] / 100
+    for measure in (lambda c: focus_records(c, ("M1",), (0,), tmp_path, store, progress=False),
+                    lambda c: dose_curve(c.replace(folder="c"), "M1", (0, 1), tmp_path, store)):
+        with pytest.raises(ConfigError, match="recorded with other settings than now: lr "):
+            measure(base.replace(lr=0.3))
+    next(tmp_path.rglob("focus/**/*.json")).unlink()
+    with pytest.raises(ConfigError, match="holds another configuration: lr "):
+        focus_records(base.replace(lr=0.3), ("M1",), (0,), tmp_path, store, progress=False)
 
 
 def test_first_edition_records_can_be_read():
