@@ -602,6 +602,7 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     clip, for `focus_gains`. Rows that haven't finished are left out.
     """
     plan, records = [(row, seed) for seed in seeds for row in ROWS if row in rows], []
+    plan = [(row, seed) for row, seed in plan if not ROWS[row].average]
     whole = store
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
         c = ROWS[row].configs(config, seed)[-1]
@@ -642,7 +643,7 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "mean of Q on the answer": [("Le", "STF-CE"), ("Le", "Le-random"), ("Le-1", "STF-CE"),
                                 ("Le-1", "Le-1-random")],
     "mean of Q": [
-        ("Le", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random"),
+        ("STF-CE", "CE"), ("Le", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random"),
         *((row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap", "Ld-overlap-logit"))],
     "probability, Q hidden": [("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
     "probability, as much hidden at random": [("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
@@ -653,7 +654,8 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
                                             ("M4", "STF-CE")],
     "average precision (probability)": [
-        *((row, "STF-CE") for row in ("M2", "Ld", "Lg", "M4", "Le", "Le-1")), ("STF-CE", "M1")],
+        *((row, "STF-CE") for row in ("M2", "Ld", "Lg", "M4", "Le", "Le-1")),
+        ("STF-CE", "CE"), ("CE", "M1")],
     "average precision (logit)": [("M4", "STF-CE"), ("Le-1", "STF-CE")],
 }
 
