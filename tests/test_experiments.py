@@ -471,9 +471,12 @@ def test_every_result_in_the_readme_comes_from_records():
     known = pd.DataFrame([r["measures"] for r in focus], [r["row"] for r in focus])
     known = known["average precision (probability)"].groupby(level=0).mean()
     of, wanted = gains(trained, "STF-CE"), []
+    more = ("M1+M1", "Ld", "Lg", "Le-1")
+    trained = [r for r in trained if r["row"] in (*shown, *more)]
     for row, r in summary(trained).query("seeds >= 5").iterrows():
         gain = "" if row == "STF-CE" else "{:+.1f} ({:+.1f} to {:+.1f})".format(
             *(round(of.loc[row, k], 1) + 0.0 for k in ("gain", "low", "high")))
         level = f"{r['seeds']:.0f} | {r['top-1']:.1f} ± {r['std']:.1f}"
-        wanted.append(f"| {row} | {r['what']} | {level} | {gain} | {known[row]:.2f} |")
+        found = f"{known[row]:.2f}" if row in known else ""  # averages have no focus
+        wanted.append(f"| {row} | {r['what']} | {level} | {gain} | {found} |")
     assert readme_table("synthetic") == wanted, "the README should say:\n" + "\n".join(wanted)
