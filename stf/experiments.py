@@ -369,10 +369,15 @@ PRIMARY = ("M5", "CE+CE"), ("M4", "STF-CE"), ("Le", "STF-CE")  # contrasts named
 
 # %% ../nbs/30_experiments.ipynb #1abd550e
 def _pairs(records, row, other):
-    "Records of two rows, of the seeds that both have. ValueError for several configurations."
+    "Records of two rows, of the seeds that both have. ValueError where they are several."
     if len(names := {r["name"] for r in records}) > 1:
         raise ValueError(f"give records of one configuration, not of {', '.join(sorted(names))}")
-    of = {(r["row"], r["seed"]): r for r in records}
+    of = {}
+    for r in records:
+        if (r["row"], r["seed"]) in of:
+            raise ValueError(f"two records of {r['row']}, seed {r['seed']}: choose an experiment "
+                             "and a stream, as load_records(experiment='ablation', stream='joint')")
+        of[r["row"], r["seed"]] = r
     seeds = sorted(seed for r, seed in of if r == row and (other, seed) in of)
     return [of[row, seed] for seed in seeds], [of[other, seed] for seed in seeds]
 
@@ -667,7 +672,7 @@ def focus_gains(records: list) -> pd.DataFrame:
     for measure, pairs in FOCUS_CLAIMS.items():
         for row, other in pairs:
             ours, theirs = _pairs(records, row, other)
-            if ours:
+            if ours and measure in np.load(Path(ours[0]["path"]).with_suffix(".npz")):
                 a, b = (np.stack([values(r, measure) for r in side]) for side in (ours, theirs))
                 of = ~np.isnan(a + b).any(0)  # a clip without an answer has no value
                 gain = paired_interval((a - b)[:, of] / 100)
@@ -687,7 +692,8 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         return record
     c, curve = config, []
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
-        t, where = Training(c, store or ClipStore(c.data), a), environment(a.device)
+        t = Training(c.replace(save_every=0), store or ClipStore(c.data), a)
+        where = environment(a.device)
         store, options = t.store, batch_options(t.header)
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
@@ -695,8 +701,9 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
                 found = focus_measures(t.net.eval(), store, t.test, options, known=known).mean()
                 so_far = dose(c.replace(epochs=epoch), len(t.train)) if epoch else 0.0
                 curve.append({"dose": so_far, **found.dropna().to_dict()})
-            t.train_epoch(progress=progress)
-            t.state.update(epoch=epoch + 1, step=0, sums={})
+            if epoch < max(epochs):
+                t.train_epoch(progress=progress)
+                t.state.update(epoch=epoch + 1, step=0, sums={})
     write_file(path, {"format": 1, "experiment": "dose", "name": c.name, "row": label,
                       "seed": c.seed, "stream": c.stream, "curve": curve,
                       "environment": where, "config": json.loads(c.to_json())})

@@ -184,9 +184,15 @@ def test_measured_is_what_was_trained_and_nothing_else(tmp_path):
     base, store = quick(tmp_path / "r", classes=("down", "still")), Parts()
     (m1,) = ablation(base, rows=("M1",), results=tmp_path, store=store, progress=False)
     (found,) = focus_records(base, ("M1",), (0,), tmp_path, store, progress=False)
-    stage = config_of(base, "M1").replace(folder=str(tmp_path / "c"))
+    stage = config_of(base, "M1").replace(folder=str(tmp_path / "c"), save_every=1)
     curve = dose_curve(stage, "M1", (0, 1), tmp_path, store, progress=False)["curve"]
     assert found["measures"]["correct"] == curve[-1]["correct"] == m1["top1"] / 100
+    assert not list((tmp_path / "c").rglob("*.safetensors"))  # nothing to go on from
+    both = [found, found | {"row": "STF-CE"}, found | {"row": "Ld"}]
+    gained = focus_gains(both).index.get_level_values("measure")
+    assert "mean of Q" in gained and "mean of Q on the answer" not in gained  # not measured here
+    with pytest.raises(ValueError, match="two records of M1, seed 0: choose"):
+        summary([m1, m1, m1 | {"row": "CE"}])
     for measure in (lambda c: focus_records(c, ("M1",), (0,), tmp_path, store, progress=False),
                     lambda c: dose_curve(c.replace(folder="c"), "M1", (0, 1), tmp_path, store)):
         with pytest.raises(ConfigError, match="recorded with other settings than now: lr "):
