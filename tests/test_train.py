@@ -267,7 +267,8 @@ def test_a_second_stage_is_known_by_its_losses_and_its_start(whole):
                                for name in ("publisher", "other", "moved/publisher"))
     for a, b, differ in (
             (stage, stage.replace(norm="frobenius", lambda_c=0.7), ["norm"]),
-            (stage, stage.replace(lambda_d=0.7), ["losses"]),
+            (stage, stage.replace(lambda_d=0.7), ["lambda_d"]),
+            (stage, stage.replace(losses="dc"), ["losses"]),
             (stage, stage.replace(init=f"elsewhere/{Path(stage.init).name}"), []),
             (stage, stage.replace(init="elsewhere/other"), ["init"]),
             (publisher, other, ["init"]), (publisher, moved, [])):
