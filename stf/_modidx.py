@@ -204,7 +204,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.experiments.Row.configs': ('experiments.html#row.configs', 'stf/experiments.py'),
                                  'stf.experiments.Row.parts': ('experiments.html#row.parts', 'stf/experiments.py'),
                                  'stf.experiments._Job': ('experiments.html#_job', 'stf/experiments.py'),
-                                 'stf.experiments._Job.found': ('experiments.html#_job.found', 'stf/experiments.py'),
                                  'stf.experiments._Job.make': ('experiments.html#_job.make', 'stf/experiments.py'),
                                  'stf.experiments._below': ('experiments.html#_below', 'stf/experiments.py'),
                                  'stf.experiments._differ': ('experiments.html#_differ', 'stf/experiments.py'),

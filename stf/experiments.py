@@ -217,10 +217,6 @@ class _Job:
     facts: dict  # further entries of the record
     asked: bool = True  # or only needed for another
 
-    def found(self):
-        "The record, or None. ConfigError if it was made with other settings."
-        return _found(self.path, self.configs[-1])
-
     def make(self, stores, progress):
         "Train or average, and record it. BlockingIOError if another process is at work on it."
         if self.parts:
@@ -264,14 +260,15 @@ def _records(jobs, stores, progress):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("start plain processes, without torchrun or accelerate launch: as many "
                           "as you like, they share the trainings")
-    records, lost = {job.path: job.found() for job in jobs}, {}
+    records, lost = {job.path: _found(job.path, job.configs[-1]) for job in jobs}, {}
     todo = [job for job in jobs if not records[job.path]]
     with tqdm(total=len(todo), unit="record", disable=not progress or not todo) as bar:
         while todo:
             for job in todo:
                 bar.set_description(what := "{row}, seed {seed}".format(**job.facts))
                 try:
-                    records[job.path] = job.found() or job.make(stores, progress)
+                    found = _found(job.path, job.configs[-1])
+                    records[job.path] = found or job.make(stores, progress)
                 except BlockingIOError:
                     continue
                 except FloatingPointError as e:
@@ -606,26 +603,25 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     known answer, with its average precision `by_class`. Beside each record lie its measures clip by
     clip, for `focus_gains`. Rows that haven't finished are left out.
     """
-    plan, records = [(row, seed) for seed in seeds for row in ROWS if row in rows], []
-    plan = [(row, seed) for row, seed in plan if not ROWS[row].average]
-    whole = store
+    trained, records = [row for row in ROWS if row in rows and not ROWS[row].average], []
+    plan = [(row, seed) for seed in seeds for row in trained]
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
         c = ROWS[row].configs(config, seed)[-1]
         path = _path(results, "focus", config.name, row, seed)
         record = _found(path, c)
         if record is None and (c.run_folder / "run.json").exists():
-            whole = whole or ClipStore(c.data)
-            r, options = run(c, whole, progress=False), batch_options(vars(c))
-            store = whole.subset(classes=list(c.classes)) if c.classes else whole
-            train, test = store.split(c.protocol)
-            what, more = (r.network(), store, test, options), {}
+            store = store or ClipStore(c.data)
+            r, options = run(c, store, progress=False), batch_options(vars(c))
+            part = store.subset(classes=list(c.classes)) if c.classes else store
+            train, test = part.split(c.protocol)
+            what, more = (r.network(), part, test, options), {}
             if folder is not None:
-                seen, known = (known_answer(store, k, folder, options) for k in (train, test))
-                common = class_mean(seen, store.labels[train], store.labels[test])
+                seen, known = (known_answer(part, k, folder, options) for k in (train, test))
+                common = class_mean(seen, part.labels[train], part.labels[test])
                 more = {"known": known, "others": {"class mean": common}}
             found = focus_measures(*what, **more)
             means = found.mean().to_dict()
-            classes = np.array(store.classes)[store.labels[test]]
+            classes = np.array(part.classes)[part.labels[test]]
             by_class = found.filter(like="average precision").groupby(classes).mean().to_dict()
             for fill in ("zero", "still") if row in curves else ():
                 for (curve, other), line in areas(faithfulness(*what, fill)).iterrows():
@@ -728,7 +724,8 @@ READINGS = {  # of a term, beside the paper's λ: (term, values of the configura
 
 def range_records(config: Config, results="data/results", store=None) -> list:
     """Records of λ·L and its gradient's norm by READINGS, found or made: on every 11th training
-    clip (32 at most), as the stages of a finished M1, M4 and Le begin, and as the second ends.
+    clip (32 at most), as the stages of M1, M4 and Le begin, and as the second ends. M1 must be
+    finished; M4 and Le are trained if they aren't.
     """
     records = []
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
