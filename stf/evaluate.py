@@ -21,7 +21,8 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate.utils import broadcast
-from scipy.stats import binomtest, t
+from scipy.optimize import brentq
+from scipy.stats import binomtest, nct, t
 from tqdm.auto import tqdm
 
 from .dataset import load_batches
@@ -287,8 +288,10 @@ def paired_interval(
             df = total**2 / each
     se = (total / (S * N)) ** 0.5
     p = 2 * t.sf(abs(gain) / se, df) if se else gain == 0
-    half, power = se * t.ppf([(1 + level) / 2, 0.8], df)
-    return Gain(*map(float, (gain, gain - half, gain + half, p, se, df, half + power)))
+    beyond = t.ppf((1 + level) / 2, df)
+    shift = brentq(lambda shift: nct.sf(beyond, df, shift) - 0.8, 0, 4 * beyond + 4)
+    found = gain, gain - beyond * se, gain + beyond * se, p, se, df, shift * se
+    return Gain(*map(float, found))
 
 
 def verdict(low: float, high: float, seeds: int) -> str:

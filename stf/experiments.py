@@ -132,12 +132,17 @@ ROWS |= {  # readings
 
 # %% ../nbs/30_experiments.ipynb #a5077d2e
 def _path(results, experiment, name, row, seed):
-    "Where a record lies: results/experiment/name/row-seed0.json."
+    "Where a record lies: results/experiment/name/row-seed0.json, without spaces and commas."
+    row = "-".join(row.replace(",", "").split())
     return Path(results) / experiment / name / f"{row}-seed{seed}.json"
 
 
 def _read(path):
-    return {**json.loads(path.read_text()), "path": str(path)}
+    "A record. ConfigError names a file that is damaged."
+    try:
+        return {**json.loads(path.read_text()), "path": str(path)}
+    except (ValueError, TypeError) as e:
+        raise ConfigError(f"{path}: not a whole record ({e}). Delete it, and it is made again") from e
 
 
 def _write(path, scores, config, **facts):
@@ -601,7 +606,8 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     Arguments as of `ablation`; deletion and insertion curves are measured, too, of the rows in
     `curves` (minutes a network). With the `folder` of write_synthetic so is localisation of the
     known answer, with its average precision `by_class`. Beside each record lie its measures clip by
-    clip, for `focus_gains`. Rows that haven't finished are left out.
+    clip, for `focus_gains`. Rows that haven't finished are left out; a record that is there stays
+    as it is: delete it to measure what `curves` or `folder` add.
     """
     trained, records = [row for row in ROWS if row in rows and not ROWS[row].average], []
     plan = [(row, seed) for seed in seeds for row in trained]
@@ -731,8 +737,7 @@ def range_records(config: Config, results="data/results", store=None) -> list:
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
     for point, ended in (("first stage, start", False), ("second stage, start", False),
                          ("second stage, end", True)):
-        label = "-".join(point.replace(",", "").split())
-        path = _path(results, "ranges", config.name, label, config.seed)
+        path = _path(results, "ranges", config.name, point, config.seed)
         record, ranges = _found(path, of["M4"]), {}
         for reading, (term, changes) in {} if record else READINGS.items():
             store = store or ClipStore(config.data)

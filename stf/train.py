@@ -227,7 +227,11 @@ def _check(c: Config):
         sizes = len(c.widths) == 3 and all(w and w % 6 == 0 for w in c.widths)
         need(sizes, f"widths must be three multiples of 6, got {c.widths}")
         need(c.windows and all(w % 2 for w in c.windows), f"windows must be odd, got {c.windows}")
-    need(set(c.losses or "") <= set("edcg"), f"losses are letters of 'edcg', got {c.losses!r}")
+    terms = c.losses or ""
+    need(set(terms) <= set("edcg"), f"losses are letters of 'edcg', got {terms!r}")
+    need(len(set(terms)) == len(terms), f"losses name each term once, got {terms!r}")
+    alone = c.control == "shuffled" and c.batch_size < 2 * c.accumulate
+    need(not alone, "control='shuffled' needs micro-batches of two clips: lower accumulate")
     g = getattr(kind, "has_beta", False) or not c.loss_weights.g
     need(g, f"the adjacency loss (g) needs model='stf': {c.model!r} has no β")
     need(c.init or not c.train_only, "train_only needs a trained network: init='data/runs/…'")

@@ -297,11 +297,15 @@ def test_ranges_and_doses_are_records(tmp_path):
     assert start["L_d, rms"]["ce"] != end["L_d, rms"]["ce"]
     assert range_records(base, tmp_path, None) == made
     stage = config_of(base, "M4").replace(folder=str(tmp_path / "c"), lr=0.5, epochs=2)
-    curve = dose_curve(stage, "M4", (0, 2), tmp_path, store, progress=False)
+    curve = dose_curve(stage, "M4, longer", (0, 2), tmp_path, store, progress=False)
+    assert Path(curve["path"]).name == "M4-longer-seed0.json"
     steps = -(-len(store.split("xsub")[0]) // stage.batch_size)
     assert [line["dose"] for line in curve["curve"]] == [0, 2 * 0.5 * steps]
     before, after = (line["β follows Q"] for line in curve["curve"])
-    assert before != after and dose_curve(stage, "M4", (0, 2), tmp_path, None) == curve
+    assert before != after and dose_curve(stage, "M4, longer", (0, 2), tmp_path, None) == curve
+    Path(curve["path"]).write_text('{"row"')  # as after a full disk
+    with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record .* Delete it"):
+        dose_curve(stage, "M4, longer", (0, 2), tmp_path, None)
 
 
 def test_a_held_row_is_left_to_its_process_and_a_nan_costs_its_own_row(tmp_path, monkeypatch):

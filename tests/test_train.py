@@ -162,6 +162,8 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     (dict(length=10**5), "length · num_bodies must be at most 30000"),
     (dict(accumulate=0), "accumulate must be at least"), (dict(dropout=1.0), "dropout is a share"),
     (dict(validation=1.0), "validation is a"), (dict(fraction=0.0), "fraction is a share"),
+    (dict(losses="ee", model="stf"), "each term once"),
+    (dict(control="shuffled", batch_size=4, accumulate=4), "micro-batches of two clips"),
     (dict(losses="x", model="stf"), "letters of 'edcg'"), (dict(losses="g"), "needs model='stf'"),
     (dict(precision="fp16", device="cpu"), "on the CPU use bf16"),
     (dict(warmup=50), "warmup must be below"), (dict(keep_best="ce"), "needs validation clips"),
