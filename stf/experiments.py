@@ -142,7 +142,7 @@ def _read(path):
     try:
         return {**json.loads(path.read_text()), "path": str(path)}
     except (ValueError, TypeError) as e:
-        raise ConfigError(f"{path}: not a whole record ({e}). Delete it, and it is made again") from e
+        raise ConfigError(f"{path}: not a whole record: {e}. Delete it and make it again") from e
 
 
 def _write(path, scores, config, **facts):

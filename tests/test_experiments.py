@@ -304,7 +304,7 @@ def test_ranges_and_doses_are_records(tmp_path):
     before, after = (line["β follows Q"] for line in curve["curve"])
     assert before != after and dose_curve(stage, "M4, longer", (0, 2), tmp_path, None) == curve
     Path(curve["path"]).write_text('{"row"')  # as after a full disk
-    with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record .* Delete it"):
+    with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record: .* Delete it"):
         dose_curve(stage, "M4, longer", (0, 2), tmp_path, None)
 
 
