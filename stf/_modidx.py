@@ -206,6 +206,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.experiments._Job': ('experiments.html#_job', 'stf/experiments.py'),
                                  'stf.experiments._Job.make': ('experiments.html#_job.make', 'stf/experiments.py'),
                                  'stf.experiments._below': ('experiments.html#_below', 'stf/experiments.py'),
+                                 'stf.experiments._check_rows': ('experiments.html#_check_rows', 'stf/experiments.py'),
+                                 'stf.experiments._config': ('experiments.html#_config', 'stf/experiments.py'),
                                  'stf.experiments._differ': ('experiments.html#_differ', 'stf/experiments.py'),
                                  'stf.experiments._draw_foci': ('experiments.html#_draw_foci', 'stf/experiments.py'),
                                  'stf.experiments._found': ('experiments.html#_found', 'stf/experiments.py'),

@@ -289,7 +289,10 @@ def paired_interval(
     se = (total / (S * N)) ** 0.5
     p = 2 * t.sf(abs(gain) / se, df) if se else gain == 0
     beyond = t.ppf((1 + level) / 2, df)
-    shift = brentq(lambda shift: nct.sf(beyond, df, shift) - 0.8, 0, 4 * beyond + 4)
+    try:
+        shift = brentq(lambda shift: nct.sf(beyond, df, shift) - 0.8, 0, 4 * beyond + 4)
+    except ValueError:  # a level so near to 1 that scipy's noncentral t has no value there
+        shift = np.nan
     found = gain, gain - beyond * se, gain + beyond * se, p, se, df, shift * se
     return Gain(*map(float, found))
 

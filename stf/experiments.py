@@ -108,7 +108,8 @@ ROWS |= {  # readings
     "M4-guide": Row("L_c: module 6 is a target for module 5", "dcg", {"guide": True}),
     "M4-logit": Row("the focus differentiates the logit", "dcg", {"score": "logit"}),
     "Le-logit": Row("the same for L_e", "e", {"score": "logit"}),
-    "M4-frobenius": Row("L_d, L_c: the literal Frobenius norm", "dcg", {"norm": "frobenius"}),
+    "M4-frobenius": Row("M4, L_d and L_c by the literal Frobenius norm", "dcg",
+                        {"norm": "frobenius"}),
     "M4-3x1": Row("β sees frames alone, not neighbouring joints", "dcg", {"beta_kernel": "3x1"}),
     "M2-guide": Row("L_c: block 3 is a target for block 2", "c",
                     {"coherence": "blocks", "guide": True}),
@@ -138,11 +139,12 @@ def _path(results, experiment, name, row, seed):
 
 
 def _read(path):
-    "A record. ConfigError names a file that is damaged."
+    "A record, {} if the JSON is no dictionary. ConfigError names a file that is damaged."
     try:
-        return {**json.loads(path.read_text()), "path": str(path)}
-    except (ValueError, TypeError) as e:
+        record = json.loads(path.read_text())
+    except ValueError as e:
         raise ConfigError(f"{path}: not a whole record: {e}. Delete it and make it again") from e
+    return {**record, "path": str(path)} if isinstance(record, dict) else {}
 
 
 def _write(path, scores, config, **facts):
@@ -166,10 +168,18 @@ def record_scores(record: dict) -> Scores:
 _FREE = set("seed init folder data device tracker save_every compile checkpointing".split())
 
 
+def _config(record):
+    "A record's configuration. ConfigError names the file of one that has none, or a wrong one."
+    try:
+        return Config.from_json(json.dumps(record["config"]))
+    except (KeyError, ConfigError) as e:
+        raise ConfigError(f"{record['path']}: not a whole record: {e}. Delete it") from e
+
+
 def _differ(record, config):
     "In which settings, and how, a record's configuration computes something different: text."
-    held = Config.from_json(json.dumps(record["config"]))
-    whole = "average" in record  # its configuration is the baseline's, with the second stage's λ
+    held = _config(record)
+    whole = "average" in record or "ranges" in record  # of several trainings: all that they have
     fields = [k for k in (vars(config) if whole else same_config(held, config)) if k not in _FREE]
     found = {k: (getattr(held, k), getattr(config, k)) for k in fields}
     found["data"] = Path(held.data).name, Path(config.data).name
@@ -188,19 +198,22 @@ def _found(path, config):
 def load_records(results="data/results", **where) -> list:
     """Records under a folder that have these values, e.g. row="M1", sorted by path.
 
-    Those in its folder `first` don't count. ConfigError names two files of one row whose
-    configurations are unequal, and the fields.
+    Those in its folder `first` don't count. ConfigError names two files of one row and seed, or of
+    one row with unequal configurations, and the fields.
     """
-    records, results, first = [], Path(results), {}
+    records, results, first, once = [], Path(results), {}, {}
     for path in sorted(results.rglob("*.json")):
         record = {} if path.relative_to(results).parts[0] == "first" else _read(path)
         if "experiment" not in record or any(record.get(k) != v for k, v in where.items()):
             continue
         key = tuple(record.get(k) for k in ("experiment", "name", "row", "stream"))
         other = first.setdefault(key, record)
-        if differ := _differ(other, Config.from_json(json.dumps(record["config"]))):
+        if differ := _differ(other, _config(record)):
             raise ConfigError(f"{other['path']} and {path} can't be one row: their settings differ "
                               f"({differ}). Keep them in different folders")
+        twin = once.setdefault((*key, record.get("seed")), record["path"])
+        if twin != record["path"]:
+            raise ConfigError(f"{twin} and {path} are of one row and seed. Name the folder of one")
         records.append(record)
     return records
 
@@ -244,10 +257,14 @@ class _Job:
         return _write(self.path, scores, self.configs[-1], **made | self.facts)
 
 # %% ../nbs/30_experiments.ipynb #dd132f60
-def _jobs(config, rows, seeds, results, experiment, **facts):
-    "Jobs of some rows and seeds, with the parts of averages, in the order of ROWS."
+def _check_rows(rows):
     if unknown := [row for row in rows if row not in ROWS]:
         raise ConfigError(f"there is no row {unknown[0]!r}; there are {', '.join(ROWS)}")
+
+
+def _jobs(config, rows, seeds, results, experiment, **facts):
+    "Jobs of some rows and seeds, with the parts of averages, in the order of ROWS."
+    _check_rows(rows)
     facts = {"experiment": experiment, "name": config.name, **facts}
     asked, jobs = dict.fromkeys((row, seed) for seed in seeds for row in rows), []
     needed = asked | dict.fromkeys(part for row, seed in asked for part in ROWS[row].parts(seed))
@@ -266,6 +283,11 @@ def _records(jobs, stores, progress):
         raise ConfigError("start plain processes, without torchrun or accelerate launch: as many "
                           "as you like, they share the trainings")
     records, lost = {job.path: _found(job.path, job.configs[-1]) for job in jobs}, {}
+    made = [_read(p) for folder in {job.path.parent for job in jobs} for p in folder.glob("*.json")]
+    made = {(r["config"]["name"], r["seed"]): Path(r["path"]) for r in made if "average" not in r}
+    for config in {config for job in jobs for config in job.configs[:-1]}:  # what they start from
+        if start := made.get((config.name, config.seed)):
+            _found(start, config)
     todo = [job for job in jobs if not records[job.path]]
     with tqdm(total=len(todo), unit="record", disable=not progress or not todo) as bar:
         while todo:
@@ -609,6 +631,7 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     clip, for `focus_gains`. Rows that haven't finished are left out; a record that is there stays
     as it is: delete it to measure what `curves` or `folder` add.
     """
+    _check_rows(rows)
     trained, records = [row for row in ROWS if row in rows and not ROWS[row].average], []
     plan = [(row, seed) for seed in seeds for row in trained]
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
@@ -669,13 +692,14 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
 
 def focus_gains(records: list) -> pd.DataFrame:
     "FOCUS_CLAIMS by focus records of one configuration: means, difference, 95 % interval, seeds."
-    values = lambda r, measure: np.load(Path(r["path"]).with_suffix(".npz"))[measure].astype(float)
-    lines = []
+    clips, lines = {r["path"]: np.load(Path(r["path"]).with_suffix(".npz")) for r in records}, []
     for measure, pairs in FOCUS_CLAIMS.items():
+        measured = [r for r in records if measure in clips[r["path"]]]
         for row, other in pairs:
-            ours, theirs = _pairs(records, row, other)
-            if ours and measure in np.load(Path(ours[0]["path"]).with_suffix(".npz")):
-                a, b = (np.stack([values(r, measure) for r in side]) for side in (ours, theirs))
+            ours, theirs = _pairs(measured, row, other)
+            if ours:
+                a, b = (np.stack([clips[r["path"]][measure].astype(float) for r in side])
+                        for side in (ours, theirs))
                 of = ~np.isnan(a + b).any(0)  # a clip without an answer has no value
                 gain = paired_interval((a - b)[:, of] / 100)
                 means = a[:, of].mean(), b[:, of].mean()
@@ -688,9 +712,12 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
                folder=None, progress=True) -> dict:
     """A record of what a training does to the focus on the way, found or made: `curve`, a line for
     each of the `epochs`, from 0, with its `dose` and focus measures (and localisation, `folder`).
+    A record that is there stays as it is, whatever `epochs` and `folder` ask for.
     """
     path = _path(results, "dose", config.name, label, config.seed)
     if record := _found(path, config):
+        if record["row"] != label:
+            raise ConfigError(f"{path} is of {record['row']!r}, not {label!r}: name it otherwise")
         return record
     c, curve = config, []
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
@@ -701,8 +728,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         for epoch in range(max(epochs) + 1):
             if epoch in epochs:
                 found = focus_measures(t.net.eval(), store, t.test, options, known=known).mean()
-                so_far = dose(c.replace(epochs=epoch), len(t.train)) if epoch else 0.0
-                curve.append({"dose": so_far, **found.dropna().to_dict()})
+                curve.append({"dose": dose(c, len(t.train), epoch), **found.dropna().to_dict()})
             if epoch < max(epochs):
                 t.train_epoch(progress=progress)
                 t.state.update(epoch=epoch + 1, step=0, sums={})
@@ -730,32 +756,35 @@ READINGS = {  # of a term, beside the paper's λ: (term, values of the configura
 
 def range_records(config: Config, results="data/results", store=None) -> list:
     """Records of λ·L and its gradient's norm by READINGS, found or made: on every 11th training
-    clip (32 at most), as the stages of M1, M4 and Le begin, and as the second ends. M1 must be
-    finished; M4 and Le are trained if they aren't.
+    clip (32 at most), as the stages of M1, M4 and Le begin, and as the second ends. These three are
+    trained if they aren't.
     """
-    records = []
+    records, nets = [], {}
     of = {row: ROWS[row].configs(config, config.seed)[-1] for row in ("M1", "M4", "Le")}
     for point, ended in (("first stage, start", False), ("second stage, start", False),
                          ("second stage, end", True)):
         path = _path(results, "ranges", config.name, point, config.seed)
-        record, ranges = _found(path, of["M4"]), {}
-        for reading, (term, changes) in {} if record else READINGS.items():
+        record, ranges = _found(path, config), {}
+        if not record:
             store = store or ClipStore(config.data)
-            c = of["M1" if point.startswith("first") else "Le" if term == "e" else "M4"]
+            nets = nets or {row: run(c, store).network() for row, c in of.items()}
+        for reading, (term, changes) in {} if record else READINGS.items():
+            row = "M1" if point.startswith("first") else "Le" if term == "e" else "M4"
+            c = of[row]
             if c.model == "msg3d" and term == "g":
                 continue
             with one_accelerator(c.device, folder=c.run_folder) as a:
                 t = Training(c.replace(losses=term, **changes), store, a)
                 where, objective = environment(a.device), t.loss
             if ended:
-                objective.net.load_state_dict(run(c, store).network().state_dict())
+                objective.net.load_state_dict(nets[row].state_dict())
             x, y = t.store.batch(t.train[::11][:32], **t.input)
             ranges[reading] = loss_ranges(objective.train(), x, y)
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,
                               "row": point, "seed": config.seed, "stream": config.stream,
                               "ranges": ranges, "environment": where,
-                              "config": json.loads(of["M4"].to_json())})
+                              "config": json.loads(config.to_json())})
             record = _read(path)
         records.append(record)
     return records

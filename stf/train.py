@@ -230,8 +230,6 @@ def _check(c: Config):
     terms = c.losses or ""
     need(set(terms) <= set("edcg"), f"losses are letters of 'edcg', got {terms!r}")
     need(len(set(terms)) == len(terms), f"losses name each term once, got {terms!r}")
-    alone = c.control == "shuffled" and c.batch_size < 2 * c.accumulate
-    need(not alone, "control='shuffled' needs micro-batches of two clips: lower accumulate")
     g = getattr(kind, "has_beta", False) or not c.loss_weights.g
     need(g, f"the adjacency loss (g) needs model='stf': {c.model!r} has no β")
     need(c.init or not c.train_only, "train_only needs a trained network: init='data/runs/…'")
@@ -280,9 +278,10 @@ def learning_rate(c: Config, epoch: int) -> float:
     return c.lr * 0.1 ** sum(epoch >= m for m in c.milestones)
 
 
-def dose(c: Config, clips: int) -> float:
-    "Σ steps × rate of a training on so many clips: how far weights can have gone."
-    return -(-clips // c.batch_size) * sum(learning_rate(c, epoch) for epoch in range(c.epochs))
+def dose(c: Config, clips: int, epochs: int | None = None) -> float:
+    "Σ steps × rate of a training on so many clips (after so many epochs): how far weights can go."
+    epochs = range(c.epochs if epochs is None else epochs)
+    return -(-clips // c.batch_size) * sum(learning_rate(c, epoch) for epoch in epochs)
 
 # %% ../nbs/22_train.ipynb #7fae6192
 def _network(c: Config, store) -> tuple:
@@ -322,6 +321,9 @@ class Training:
         parts, seed = a.num_processes * c.accumulate, c.seed + 1_000_003 * c.order
         more = (c.batch_size, parts, seed, c.augment)
         self.batches = Batches(store, self.train, *more, **self.input)
+        if c.control == "shuffled" and c.loss_weights.g and min(map(len, self.batches.micro)) < 2:
+            raise ConfigError("control='shuffled' needs two clips in each micro-batch: choose a "
+                              "larger batch_size, or lower accumulate")
         cuda = {"num_workers": 4, "pin_memory": True} if a.device.type == "cuda" else {}
         loader = DataLoader(self.batches, collate_fn=operator.itemgetter(0), **cuda)  # as they are
         self.loss, self.optimizer, self.loader = a.prepare(loss, optimizer, loader)

@@ -20,7 +20,7 @@ from stf.experiments import (CONTRASTS, PRIMARY, READINGS, ROWS, TABLE5, ablatio
                              focus_gains, focus_records, gains, load_records, operations,
                              paper_table, range_records, record_scores, scarce, shift_table,
                              streams, summary, table1, table2, table3, table4, table5)
-from stf.train import Config, ConfigError, Run
+from stf.train import Config, ConfigError, Run, run
 from test_train import TinyStore, tiny
 
 HERE = Path(__file__).resolve().parent
@@ -130,8 +130,11 @@ def test_recorded_rows_are_skipped_and_missing_ones_made_again(made, tmp_path, m
         ablation(config.replace(lr=0.01), results=folder / "r", progress=False)
     with pytest.raises(ConfigError, match="M5-seed0.json .*: lambda_d 0.1 and 0.2"):
         ablation(config.replace(lambda_d=0.2), rows=["M5"], results=only(folder, tmp_path, "M5"))
-    with pytest.raises(ConfigError, match="no row .M7."):
-        ablation(config, rows=["M7"])
+    with pytest.raises(ConfigError, match="M1-seed0.json .*: lr 0.05 and 0.01"):  # M4 starts there
+        ablation(config.replace(lr=0.01), rows=["M4"], results=folder / "r", progress=False)
+    for of_rows in (ablation, focus_records):
+        with pytest.raises(ConfigError, match="no row .M7."):
+            of_rows(config, rows=["M7"])
     with pytest.raises(ConfigError, match="first is"):
         ablation(config, first="any")
 
@@ -152,7 +155,8 @@ def test_unequal_records_are_never_pooled(made, tmp_path):
     def write(number, folder="x", **changes):
         path = tmp_path / folder / f"M4-seed{number}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record | {"config": record["config"] | changes}))
+        config = record["config"] | changes
+        path.write_text(json.dumps(record | {"seed": number, "config": config}))
 
     write(0)
     write(1, seed=1, device="auto", init="moved/tiny-seed1", data="moved/nowhere", ema=0.0)
@@ -166,6 +170,17 @@ def test_unequal_records_are_never_pooled(made, tmp_path):
     write(3, lambda_d=5.0)
     with pytest.raises(ConfigError, match=r"M4-seed3.json .*\(lambda_d 0.1 and 5.0\)"):
         load_records(tmp_path, row="M4")
+    write(3, "copy")
+    (tmp_path / "x/M4-seed3.json").write_text('[{"epoch": 1}]')  # a user's own file
+    assert len(load_records(tmp_path)) == 3
+    write(0, "copy")
+    with pytest.raises(ConfigError, match="M4-seed0.json and .*M4-seed0.json are of one row and"):
+        load_records(tmp_path)
+    for damaged in ('{"row": "M4", "experiment": "x"}', json.dumps(
+            record | {"seed": 9, "config": record["config"] | {"losses": "dd"}})):
+        (tmp_path / "copy/M4-seed0.json").write_text(damaged)
+        with pytest.raises(ConfigError, match="copy/M4-seed0.json: not a whole record: "):
+            load_records(tmp_path)
 
 
 class Parts(TinyStore):
@@ -191,6 +206,11 @@ def test_measured_is_what_was_trained_and_nothing_else(tmp_path):
     both = [found, found | {"row": "STF-CE"}, found | {"row": "Ld"}]
     gained = focus_gains(both).index.get_level_values("measure")
     assert "mean of Q" in gained and "mean of Q on the answer" not in gained  # not measured here
+    known = Path(found["path"]).with_name("known.json")  # of one row the answer was known
+    clips = dict(np.load(Path(found["path"]).with_suffix(".npz")))
+    np.savez(known.with_suffix(".npz"), **clips, **{"mean of Q on the answer": clips["mean of Q"]})
+    some = [*both, found | {"row": "Le", "path": str(known)}]
+    assert "mean of Q on the answer" not in focus_gains(some).index.get_level_values("measure")
     with pytest.raises(ValueError, match="two records of M1, seed 0: choose"):
         summary([m1, m1, m1 | {"row": "CE"}])
     for measure in (lambda c: focus_records(c, ("M1",), (0,), tmp_path, store, progress=False),
@@ -263,6 +283,10 @@ def test_every_row_trains(tmp_path, monkeypatch):
         assert set(of[row]["history"][0]) & set("edcg") == set(ROWS[row].losses or "")
     same = lambda a, b: np.array_equal(*(record_scores(of[r]).probabilities for r in (a, b)))
     assert not same("CE", "CE2") and not same("Lg", "Lg-shuffled")
+    single = config_of(base, "Lg").replace(
+        folder="", control="shuffled", batch_size=4, accumulate=3)
+    with pytest.raises(ConfigError, match="two clips in each micro-batch"):
+        run(single, TinyStore(), progress=False)
     assert not same("Le-random", "Le-coordinates")
     table = gains(made, CONTRASTS)
     assert table.loc["L_Gk: is it this clip's focus?", "seeds"] == 1
@@ -296,6 +320,8 @@ def test_ranges_and_doses_are_records(tmp_path):
         [6 * v for v in start["L_Gk, rms, mean"]["g"]])
     assert start["L_d, rms"]["ce"] != end["L_d, rms"]["ce"]
     assert range_records(base, tmp_path, None) == made
+    with pytest.raises(ConfigError, match="lambda_e 0.01 and 1.0"):
+        range_records(base.replace(lambda_e=1.0), tmp_path, None)
     stage = config_of(base, "M4").replace(folder=str(tmp_path / "c"), lr=0.5, epochs=2)
     curve = dose_curve(stage, "M4, longer", (0, 2), tmp_path, store, progress=False)
     assert Path(curve["path"]).name == "M4-longer-seed0.json"
@@ -303,6 +329,8 @@ def test_ranges_and_doses_are_records(tmp_path):
     assert [line["dose"] for line in curve["curve"]] == [0, 2 * 0.5 * steps]
     before, after = (line["β follows Q"] for line in curve["curve"])
     assert before != after and dose_curve(stage, "M4, longer", (0, 2), tmp_path, None) == curve
+    with pytest.raises(ConfigError, match="seed0.json is of 'M4, longer', not 'M4 longer'"):
+        dose_curve(stage, "M4 longer", (0, 2), tmp_path, None)
     Path(curve["path"]).write_text('{"row"')  # as after a full disk
     with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record: .* Delete it"):
         dose_curve(stage, "M4, longer", (0, 2), tmp_path, None)
@@ -481,7 +509,7 @@ def test_every_result_in_the_readme_comes_from_records():
     known = pd.DataFrame([r["measures"] for r in focus], [r["row"] for r in focus])
     known = known["average precision (probability)"].groupby(level=0).mean()
     of, wanted = gains(trained, "STF-CE"), []
-    more = ("M1+M1", "Ld", "Lg", "Le-1")
+    more = ("M1+M1", "Ld", "Lg", "M4-frobenius", "Le-1")
     trained = [r for r in trained if r["row"] in (*shown, *more)]
     for row, r in summary(trained).query("seeds >= 5").iterrows():
         gain = "" if row == "STF-CE" else "{:+.1f} ({:+.1f} to {:+.1f})".format(

@@ -97,6 +97,7 @@ def test_detectable_gain_of_three_seeds():
     sees = np.median([m.detectable / m.se for m in made]) / 3**0.5 / 100
     found = [paired_interval(np.repeat(d + sees, 20, 1)).low > 0 for d in seeds]
     assert 0.785 < np.mean(found) < 0.815
+    assert paired_interval([[1, 1], [0, 1]], level=1 - 1e-12).low < 0  # where scipy has no power
 
 
 def test_identical_scores_differ_in_nothing_and_clips_are_paired_by_name():

@@ -31,7 +31,8 @@ from stf.preparation import Augment
 from stf.process import in_use, one_accelerator
 from stf.skeleton import SKELETONS, Skeleton
 from stf.stf_module import STFNet
-from stf.train import Config, Run, Training, import_msg3d, learning_rate, presets, run, run_stf
+from stf.train import (Config, Run, Training, dose, import_msg3d, learning_rate, presets, run,
+                       run_stf)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parent.parent
@@ -163,7 +164,6 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     (dict(accumulate=0), "accumulate must be at least"), (dict(dropout=1.0), "dropout is a share"),
     (dict(validation=1.0), "validation is a"), (dict(fraction=0.0), "fraction is a share"),
     (dict(losses="ee", model="stf"), "each term once"),
-    (dict(control="shuffled", batch_size=4, accumulate=4), "micro-batches of two clips"),
     (dict(losses="x", model="stf"), "letters of 'edcg'"), (dict(losses="g"), "needs model='stf'"),
     (dict(precision="fp16", device="cpu"), "on the CPU use bf16"),
     (dict(warmup=50), "warmup must be below"), (dict(keep_best="ce"), "needs validation clips"),
@@ -210,6 +210,8 @@ def test_learning_rate_is_a_function_of_the_epoch():
     cosine = Config(lr=0.1, epochs=15, schedule="cosine", warmup=5)
     rates = [learning_rate(cosine, e) for e in (0, 4, 5, 10)]
     assert np.allclose(rates, [0.02, 0.1, 0.1, 0.05]) and 0 < learning_rate(cosine, 14) < 0.003
+    assert dose(cosine, 33, 2) == 2 * (learning_rate(cosine, 0) + learning_rate(cosine, 1))
+    assert dose(cosine, 33) == dose(cosine, 33, cosine.epochs)  # steps of 32 clips: two an epoch
 
 
 # ---- runs
