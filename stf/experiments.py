@@ -284,7 +284,8 @@ def _records(jobs, stores, progress):
                           "as you like, they share the trainings")
     records, lost = {job.path: _found(job.path, job.configs[-1]) for job in jobs}, {}
     made = [_read(p) for folder in {job.path.parent for job in jobs} for p in folder.glob("*.json")]
-    made = {(r["config"]["name"], r["seed"]): Path(r["path"]) for r in made if "average" not in r}
+    made = {(r["config"]["name"], r["seed"]): Path(r["path"]) for r in made
+            if {"config", "seed"} <= r.keys() and "average" not in r}
     for config in {config for job in jobs for config in job.configs[:-1]}:  # what they start from
         if start := made.get((config.name, config.seed)):
             _found(start, config)

@@ -119,6 +119,8 @@ def test_ablation_makes_the_rows_of_table_5(made):
 def test_recorded_rows_are_skipped_and_missing_ones_made_again(made, tmp_path, monkeypatch):
     folder, records = made
     config = quick(folder / "run")
+    (tmp_path / "ablation/tiny").mkdir(parents=True)
+    (tmp_path / "ablation/tiny/notes.json").write_text('{"by": "a user"}')
     fresh = ablation(quick(tmp_path / "x"), rows=["M3"], results=tmp_path, store=TinyStore(),
                      progress=False)
     assert [r["row"] for r in fresh] == ["M3"]  # from scratch, with its baseline: the same numbers
