@@ -675,9 +675,11 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
                                 ("Le-1", "Le-1-random")],
     "mean of Q": [
         ("STF-CE", "CE"), ("Le", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random"),
-        *((row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap", "Ld-overlap-logit"))],
-    "probability, Q hidden": [("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
-    "probability, as much hidden at random": [("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
+        *((row, "STF-CE") for row in ("M2", "Ld", "Ld-logit", "Ld-overlap", "Ld-overlap-logit"))],
+    "probability, Q hidden": [("Le", "STF-CE"), ("Le", "Le-random"), ("Le-1", "STF-CE"),
+                              ("Le-1", "Le-1-random")],
+    "probability, as much hidden at random": [
+        ("Le", "STF-CE"), ("Le-random", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
     "overlap (probability)": [("Ld", "STF-CE"), ("Ld-overlap", "STF-CE")],
     "overlap (logit)": [(row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap-logit")],
     "modules 5, 6 agree": [("M2", "STF-CE"), ("M2-guide", "STF-CE"), ("M4", "STF-CE")],
@@ -685,9 +687,9 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
                                             ("M4", "STF-CE")],
     "average precision (probability)": [
-        *((row, "STF-CE") for row in ("M2", "Ld", "Lg", "M4", "Le", "Le-1")),
+        *((row, "STF-CE") for row in ("M2", "Ld", "Ld-logit", "Lg", "M4", "Le", "Le-1")),
         ("STF-CE", "CE"), ("CE", "M1")],
-    "average precision (logit)": [("M4", "STF-CE"), ("Le-1", "STF-CE")],
+    "average precision (logit)": [("STF-CE", "CE"), ("M4", "STF-CE"), ("Le-1", "STF-CE")],
 }
 
 
