@@ -675,7 +675,8 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
                                 ("Le-1", "Le-1-random")],
     "mean of Q": [
         ("STF-CE", "CE"), ("Le", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random"),
-        *((row, "STF-CE") for row in ("M2", "Ld", "Ld-logit", "Ld-overlap", "Ld-overlap-logit"))],
+        *((row, "STF-CE") for row in ("M2", "M2-guide", "Ld", "Ld-logit", "Ld-overlap",
+                                      "Ld-overlap-logit"))],
     "probability, Q hidden": [("Le", "STF-CE"), ("Le", "Le-random"), ("Le-1", "STF-CE"),
                               ("Le-1", "Le-1-random")],
     "probability, as much hidden at random": [
@@ -687,7 +688,8 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
                                             ("M4", "STF-CE")],
     "average precision (probability)": [
-        *((row, "STF-CE") for row in ("M2", "Ld", "Ld-logit", "Lg", "M4", "Le", "Le-1")),
+        *((row, "STF-CE") for row in ("M2", "Ld", "Ld-logit", "Lg", "M3", "M4", "M4-frobenius",
+                                      "Le", "Le-1", "Le-1-random")),
         ("STF-CE", "CE"), ("CE", "M1")],
     "average precision (logit)": [("STF-CE", "CE"), ("M4", "STF-CE"), ("Le-1", "STF-CE")],
 }
