@@ -683,7 +683,8 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
         ("Le", "STF-CE"), ("Le-random", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
     "overlap (probability)": [("Ld", "STF-CE"), ("Ld-overlap", "STF-CE")],
     "overlap (logit)": [(row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap-logit")],
-    "modules 5, 6 agree": [("M2", "STF-CE"), ("M2-guide", "STF-CE"), ("M4", "STF-CE")],
+    "modules 5, 6 agree": [
+        (row, "STF-CE") for row in ("M2", "M2-guide", "M4", "M4-frobenius")],
     "β follows Q": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"), ("M4", "STF-CE")],
     "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
                                             ("M4", "STF-CE")],
@@ -697,7 +698,10 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
 
 def focus_gains(records: list) -> pd.DataFrame:
     "FOCUS_CLAIMS by focus records of one configuration: means, difference, 95 % interval, seeds."
-    clips, lines = {r["path"]: np.load(Path(r["path"]).with_suffix(".npz")) for r in records}, []
+    clips, lines = {}, []
+    for r in records:
+        with np.load(Path(r["path"]).with_suffix(".npz")) as held:
+            clips[r["path"]] = dict(held)
     for measure, pairs in FOCUS_CLAIMS.items():
         measured = [r for r in records if measure in clips[r["path"]]]
         for row, other in pairs:
