@@ -127,7 +127,7 @@ def _check_header(file, header: dict, cure: str) -> dict:
         need(False, f"its skeleton is none: {e}")
     need(coordinates(header), f"{preprocess!r} makes no input of {header['in_channels']} channels")
     upright = skeleton.name == "openpose18" or None not in (skeleton.spine, skeleton.shoulders)
-    need(preprocess == "paper" or upright,
+    need(preprocess != "msg3d" or upright,
          f"'msg3d' needs a spine and shoulders: skeleton {skeleton.name!r}")
     return header
 

@@ -168,8 +168,8 @@ def _fill_up(table, length, late=False):
 _MAX_LISTED = 4  # the public NTU code looks at the first four bodies that a frame lists
 
 
-def _msg3d(clip, length, num_bodies, t=None):
-    "Preparation of the public MS-G3D code for bodies in 3D, turned by spine and shoulders."
+def _msg3d(clip, length, num_bodies, t=None, align=True):
+    "Preparation of the public MS-G3D code for bodies in 3D; not `align`: only moved, never turned."
     skeleton, frames = clip.skeleton, clip.joints.shape[1]
     body, late = _listed_bodies(clip), clip.tags.get("empty", [0])[0] > 0
     packed = np.take_along_axis(body, np.argsort(body < 0, axis=0, kind="stable"), 0)
@@ -182,8 +182,9 @@ def _msg3d(clip, length, num_bodies, t=None):
         at = _fill_up(body, frames, late)[:, np.append(_frames_shown(frames, length)[0], t)]
     shown = _show(clip, np.take_along_axis(body, at, 1), at)
     given = shown.x[..., 0] + shown.x[..., 1] + shown.x[..., 2] != 0  # the public test
-    x = (shown.x - shown.x[:1, :, skeleton.centre, None]) * given[..., None]
-    for (tail, head), axis in ((skeleton.spine, 2), (skeleton.shoulders[::-1], 0)):
+    origin = shown.x[:1, :, skeleton.centre, None]
+    x = (shown.x - (origin if align else origin[:, :1])) * given[..., None]
+    for (tail, head), axis in ((skeleton.spine, 2), (skeleton.shoulders[::-1], 0)) * align:
         x = x @ _rotation_onto(x[0, 0, head] - x[0, 0, tail], axis).T
     return _Shown(*(a[:, 1:] for a in (x, *shown[1:])))
 
@@ -346,7 +347,7 @@ def _make_stream(x, visible, stream, parents, hide=True):
     return x, visible
 
 # %% ../nbs/13_preparation.ipynb #58cd49b3
-PRESETS, TIMES = ("paper", "msg3d"), ("repeat", "resize")
+PRESETS, TIMES = ("paper", "msg3d", "first-frame"), ("repeat", "resize")
 
 
 def in_channels(coordinates, preprocess="paper"):
@@ -379,6 +380,8 @@ def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, a
          f"use preprocess={done!r}, which takes them as they are, or the recordings themselves"),
         (public and C == 2 and skeleton.name != "openpose18", "preset 'msg3d' knows 2D bodies of "
          f"'openpose18' only, not {skeleton.name!r}; use preprocess='paper'"),
+        (C == 2 and preprocess == "first-frame", "preset 'first-frame' is for bodies in 3D; use "
+         "preprocess='paper'"),
         (public and C == 3 and None in axes, "preprocess='msg3d' turns bodies by the spine, "
          f"which skeleton {skeleton.name!r} doesn't name; use preprocess='paper'"),
     ):  # fmt: skip
@@ -399,7 +402,7 @@ class Prepared(NamedTuple):
 def prepare(
     clip,  # Clip, or anything with its joints, visible, present, skeleton, tags and name
     stream: str = "joint",  # joint, bone, joint-motion or bone-motion
-    preprocess: str = "paper",  # paper or msg3d
+    preprocess: str = "paper",  # paper, msg3d or first-frame
     length: int = 300,  # T: shorter clips are repeated, longer ones sampled evenly
     num_bodies: int = 2,  # M
     bodies: str = "spread",  # which bodies: spread, presence, motion or denoise
@@ -419,7 +422,8 @@ def prepare(
         t = start + t.ravel()
     elif augment and (n < frames or augment.uniform):
         t = start + (_resample(n, length, rng) if augment.uniform else _frames_shown(n, length))
-    preset = _as_they_are if clip.tags.get("preprocessed") else _msg3d if C == 3 else _msg3d_flat
+    public = partial(_msg3d, align=preprocess == "msg3d") if C == 3 else _msg3d_flat
+    preset = _as_they_are if clip.tags.get("preprocessed") else public
     preset = partial(_paper, bodies=bodies) if paper else preset
     shown = preset(clip, length, num_bodies, t=t)
     shown = shown if share is None else _blend(shown, share)

@@ -51,7 +51,7 @@ class Config:
     fraction: float = 1.0  # share of the training clips, drawn by seed (Table 4)
     stratified: bool = False  # the same share of each class
     stream: Literal[STREAMS] = "joint"  # joint, bone, joint-motion or bone-motion
-    preprocess: Literal[PRESETS] = "paper"  # paper or msg3d
+    preprocess: Literal[PRESETS] = "paper"  # paper, msg3d or first-frame
     length: int = 300  # T: frames after repetition
     num_bodies: int = 2  # M: bodies a clip
     time: Literal[TIMES] = "repeat"  # how T frames are filled: repeat, or resize (interpolation)

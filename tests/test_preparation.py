@@ -1,5 +1,6 @@
 "Preparation: real files, random clips against a slow reading of the same words, random variants."
 
+import itertools
 import os
 import pickle
 from pathlib import Path
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from stf.clips import Clip, open_clips, read_kinetics, read_ntu
 from stf.dataset import ClipStore, StoreError, make_batch
-from stf.preparation import STREAMS, Augment, prepare
+from stf.preparation import PRESETS, STREAMS, Augment, prepare
 from stf.skeleton import SKELETONS, Skeleton
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real-data"
@@ -231,6 +232,7 @@ WRONG = [
     (dict(time="resize", augment=Augment(uniform=True), seed=0), "uniform"),
     (dict(clip=clip(skeleton=FLAT, C=2), preprocess="msg3d"), "openpose18"),
     (dict(clip=clip(skeleton=FLAT), preprocess="msg3d"), "doesn't name"),
+    (dict(clip=clip(skeleton=FLAT, C=2), preprocess="first-frame"), "bodies in 3D"),
     (dict(clip=clip(skeleton=PLAIN), augment=Augment(flip=0.5), seed=0), "'plain' has none"),
     (dict(clip=Clip(np.ones((1, 3, 7, 3)))), "needs a skeleton"),
     (dict(clip=Clip(np.ones((1, 3, 25, 4)))), "2 or 3 coordinates"),
@@ -272,7 +274,7 @@ def test_rules_for_choosing_bodies():
 
 @settings(max_examples=60, deadline=None)
 @given(noises(BODY, T=30), st.integers(1, 40), st.integers(1, 3),
-       st.sampled_from(["paper", "msg3d"]), st.sampled_from(["repeat", "resize"]))  # fmt: skip
+       st.sampled_from(PRESETS), st.sampled_from(["repeat", "resize"]))  # fmt: skip
 def test_the_input_shows_the_body_and_frame_that_it_names(c, length, M, preprocess, time):
     p = prepare(c, preprocess=preprocess, length=length, num_bodies=M, time=time)
     assert p.body.shape == p.frame.shape == (M, length) and p.body.max() < len(c.joints)
@@ -287,8 +289,8 @@ def test_the_input_shows_the_body_and_frame_that_it_names(c, length, M, preproce
 # ---- random variants
 
 
-@pytest.mark.parametrize("preprocess", ["paper", "msg3d"])
-@pytest.mark.parametrize("skeleton", [NTU, POSE])
+@pytest.mark.parametrize("skeleton, preprocess", [
+    *itertools.product((NTU, POSE), ("paper", "msg3d")), (NTU, "first-frame")])
 def test_a_clip_is_the_same_in_any_batch_and_off_means_untouched(preprocess, skeleton):
     clips = many(skeleton)
     common = dict(stream="bone", preprocess=preprocess, length=25)
@@ -382,7 +384,7 @@ def test_crops_have_the_given_lengths():
 
 
 @pytest.mark.parametrize("time", ["repeat", "resize"])
-@pytest.mark.parametrize("preprocess", ["paper", "msg3d"])
+@pytest.mark.parametrize("preprocess", PRESETS)
 def test_a_crop_without_a_body_takes_frames_with_one(preprocess, time):
     "Five frames at the start, five at the end: no variant is a label beside an empty input."
     joints = np.zeros((1, 100, 5, 3), np.float32)
@@ -391,6 +393,16 @@ def test_a_crop_without_a_body_takes_frames_with_one(preprocess, time):
     for e in range(40):
         made = prepare(Clip(joints, skeleton=BODY), seed=(0, e), num_bodies=1, **options)
         assert made.x.any() and {*made.frame[made.body >= 0]} <= {*range(5), *range(95, 100)}
+
+
+def test_first_frame_moves_a_clip_as_a_whole():
+    "Every body, at whichever frames: minus where the main one's centre was in frame 0."
+    c = clip(M=2, T=20)
+    for augment in (None, Augment(crop=0.3), Augment(uniform=True)):
+        options = dict(preprocess="first-frame", length=15, augment=augment, seed=1)
+        x, body, frame = prepare(c, **options)
+        wanted = c.joints[body, frame] - c.joints[body[0, 0], 0, c.skeleton.centre]
+        close(x, wanted.transpose(3, 1, 2, 0))
 
 
 def test_resizing_is_linear_interpolation_but_for_missing_joints():
