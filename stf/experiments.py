@@ -452,11 +452,11 @@ def table1() -> pd.DataFrame:
 
 # %% ../nbs/30_experiments.ipynb #5de71550
 def streams(config, seeds=(0,), rows=("M1", "M5"), results="data/results", store=None,
-            progress=True, kinds=("joint", "bone")) -> list:
+            progress=True, kinds=("joint", "bone"), experiment="table2") -> list:
     """Records of each stream and of their average: Table 2's three columns of one protocol.
 
     `config` is of the joint stream's baseline, `kinds` may also have joint-motion and bone-motion,
-    the other arguments are those of `ablation`.
+    the other arguments are those of `ablation`, whose records count with experiment="ablation".
     """
     if config.stream != "joint" or kinds[0] != "joint":
         raise ConfigError("give the joint stream's configuration, and joint as the first kind: "
@@ -468,11 +468,11 @@ def streams(config, seeds=(0,), rows=("M1", "M5"), results="data/results", store
                                       folder=config.folder and f"{config.folder}-{kind}"))
     named = {"name": "+".join([config.name, *kinds[1:]]), "stream": "+".join(kinds)}
     for seed in seeds:
-        parts = [_jobs(c, rows, (seed,), results, "table2") for c in configs]
+        parts = [_jobs(c, rows, (seed,), results, experiment) for c in configs]
         jobs += sum(parts, [])
         for same in zip(*parts) if len(kinds) > 1 else ():
             if same[0].asked:
-                path = _path(results, "table2", named["name"], same[0].facts["row"], seed)
+                path = _path(results, experiment, named["name"], same[0].facts["row"], seed)
                 jobs.append(_Job(path, ROWS["M1"].configs(config, seed),
                                  tuple(job.path for job in same), same[0].facts | named))
     return _records(jobs, {config.data: store}, progress)
@@ -548,12 +548,12 @@ def table4(records: list, paper: str = "table4") -> pd.DataFrame:
     return _below(paper_table(paper).astype(float), ours.mean().unstack("key"))
 
 
-def scarce_gains(records: list) -> pd.DataFrame:
-    "The gain of STF over MS-G3D for each configuration and share, as in `gains`."
+def scarce_gains(records: list, contrasts: dict | str = "M1") -> pd.DataFrame:
+    "The gains of each configuration and share of the clips, as in `gains`."
     of = {}
     for r in records:
         of.setdefault(f"{r['of']}, {100 * r['share']:g} %", []).append(r)
-    parts = {name: gains(part) for name, part in of.items()}
+    parts = {name: gains(part, contrasts) for name, part in of.items()}
     return pd.concat(parts, names=["data"]) if parts else gains([])
 
 # %% ../nbs/30_experiments.ipynb #759d8100

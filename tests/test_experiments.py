@@ -226,7 +226,8 @@ def test_measured_is_what_was_trained_and_nothing_else(tmp_path):
 
 def test_first_edition_records_can_be_read():
     records = load_records(FIRST)
-    assert len(records) == 118 and not load_records(FIRST.parent, name="ucla-small")
+    now = load_records(FIRST.parent, name="ucla-small", row="M1")
+    assert len(records) == 118 and not any(r["path"].startswith(str(FIRST)) for r in now)
     assert all(len(record_scores(r)) == r["test_clips"] for r in records if "scores" in r)
 
 
@@ -454,6 +455,9 @@ def test_streams_and_shares_are_named_and_averaged(tmp_path):
     assert np.allclose(record_scores(made[2]).probabilities, fused)
     assert made[2]["stream"] == "joint+bone-motion" and made[2]["seed"] == 1
     assert list(table2(made))[15:] == ["nowhere xsub J", "nowhere xsub BM", "nowhere xsub J+BM"]
+    held = ablation(config, (1,), ["M1"], tmp_path, store, progress=False)
+    made = streams(config, (1,), ["M1"], tmp_path, store, False, experiment="ablation")
+    assert made[:1] == held and {r["experiment"] for r in made} == {"ablation"}
     made = scarce(config, (0.5, 1.0), rows=["M1"], results=tmp_path, store=store, progress=False)
     assert [(r["share"], r["name"], r["config"]["fraction"]) for r in made] == [
         (0.5, "tiny-p50", 0.5), (1.0, "tiny", 1.0)]
