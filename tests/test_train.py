@@ -135,7 +135,7 @@ def interruptible():
 def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     paper = dict(batch_size=32, weight_decay=5e-4, momentum=0.9, length=300, epochs=epochs,
                  milestones=milestones, lambda_e=0.01, lambda_d=0.1, lambda_c=0.1, lambda_g=0.01)
-    assert len(presets()) == len(set(presets())) == 54  # each as test_first_edition has it
+    assert len(presets()) == len(set(presets())) == 60  # each as test_first_edition has it
     for name in names:
         base, e, dcg = (Config.preset(name + tail) for tail in ("", "-stf-e", "-stf-dcg"))
         for c in (base, e, dcg):
