@@ -236,6 +236,7 @@ class Augment:
     "Random variants of training clips, all off by default. ValueError for what can't be."
 
     rotate: float = 0.0  # degrees about each axis, uniform in ± this; 2D: in the plane
+    rotate_about: str = "xyz"  # these axes, of 3D joints
     scale: float = 0.0  # each axis times 1 ± this
     flip: float = 0.0  # probability of the mirrored clip
     crop: float = 1.0  # smallest share of the frames that a random crop keeps
@@ -253,11 +254,14 @@ class Augment:
             if not number or not low <= value <= high:
                 raise ValueError(f"{name} must be a number from {low} to {high}, got {value!r}")
         _check_number("crop_least", self.crop_least)
+        axes = self.rotate_about
+        if not isinstance(axes, str) or not axes or len({*axes} & {*"xyz"}) < len(axes):
+            raise ValueError(f"rotate_about must be different axes of 'xyz', got {axes!r}")
         if not isinstance(self.uniform, bool):
             raise ValueError(f"uniform must be True or False, got {self.uniform!r}")
 
     def __bool__(self):
-        return replace(self, crop_least=1) != Augment()
+        return replace(self, crop_least=1, rotate_about="xyz") != Augment()
 
 
 def _check_number(name, value):
@@ -294,9 +298,9 @@ def _mirror_joints(skeleton):
     return np.array([joints.index(partner) for partner in partners])
 
 
-def _rotate(x, degrees, rng):
-    "Joints (M,T,V,C) turned about x, then y, then z by angles in ± degrees; 2D: in the plane."
-    axes, C = "xyz" if x.shape[3] == 3 else "z", x.shape[3]
+def _rotate(x, degrees, axes, rng):
+    "Joints (M,T,V,C) turned about axes, one after the other, in ± degrees; 2D: in the plane."
+    axes, C = axes if x.shape[3] == 3 else "z", x.shape[3]
     turn = Rotation.from_euler(axes, degrees * rng.uniform(-1, 1, len(axes)), degrees=True)
     return x @ turn.as_matrix().reshape(3, 3)[:C, :C].astype(np.float32).T
 
@@ -319,7 +323,7 @@ def _vary(x, visible, skeleton, augment, rng):
     if augment.scale:
         x = x * (1 + augment.scale * rng.uniform(-1, 1, x.shape[3])).astype(np.float32)
     if augment.rotate:
-        x = _rotate(x, augment.rotate, rng)
+        x = _rotate(x, augment.rotate, augment.rotate_about, rng)
     if augment.drop_joints or augment.drop_bodies:
         x, visible = _drop(x, visible, augment, rng)
     return x, visible

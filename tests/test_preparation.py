@@ -249,7 +249,7 @@ def test_wrong_augmentations_are_named():
     for wrong in (
         dict(rotate=-1), dict(scale=1), dict(flip=2), dict(crop=0), dict(crop_least=0),
         dict(uniform="no"), dict(drop_joints=1), dict(rotate="17"), dict(flip=True),
-        dict(rotate=float("nan")),
+        dict(rotate=float("nan")), dict(rotate_about="xx"), dict(rotate_about=""),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=f"{[*wrong][0]} must be"):
             Augment(**wrong)
@@ -393,6 +393,16 @@ def test_a_crop_without_a_body_takes_frames_with_one(preprocess, time):
     for e in range(40):
         made = prepare(Clip(joints, skeleton=BODY), seed=(0, e), num_bodies=1, **options)
         assert made.x.any() and {*made.frame[made.body >= 0]} <= {*range(5), *range(95, 100)}
+
+
+def test_turns_about_one_axis_leave_its_coordinate():
+    c, options = clip(T=9), dict(length=9, num_bodies=1, preprocess="first-frame", seed=3)
+    plain = prepare(c, **options).x
+    for k, axis in enumerate("xyz"):
+        turned = prepare(c, augment=Augment(rotate=80, rotate_about=axis), **options).x
+        close(turned[k], plain[k])
+        assert np.abs(turned - plain).max() > 0.1
+        close(np.linalg.norm(turned, axis=0), np.linalg.norm(plain, axis=0))
 
 
 def test_first_frame_moves_a_clip_as_a_whole():
