@@ -72,7 +72,7 @@ def _show_store(store, **more):
         "unreadable": f"{len(refused):,}",
         "left out": f"{len(skipped):,} unusable{some(skipped)}" if skipped else "0",
         **({"nobody in": f"{ends:,} frames at clips' ends, left out; {inside:,} within: filled by "
-           "the nearest (paper), or left (msg3d)"} if ends + inside else {}),
+           "the nearest (paper), or left (others)"} if ends + inside else {}),
         **more,
     }
     print("\n".join(f"{what:12s}{text}" for what, text in table.items()))

@@ -203,7 +203,7 @@ def predict_scores(
     store,  # ClipStore: names, labels, classes, batch(...)
     indices,  # (N,) which clips, each at most once
     stream: str = "joint",  # "joint", "bone", "joint-motion" or "bone-motion"
-    preprocess: str = "paper",  # "paper" or "msg3d"
+    preprocess: str = "paper",  # "paper", "msg3d" or "first-frame"
     length: int = 300,  # T: frames after repetition
     num_bodies: int = 2,  # M
     batch_size: int = 64,  # clips at a time

@@ -236,7 +236,6 @@ class Augment:
     "Random variants of training clips, all off by default. ValueError for what can't be."
 
     rotate: float = 0.0  # degrees about each axis, uniform in ± this; 2D: in the plane
-    rotate_about: str = "xyz"  # these axes, of 3D joints
     scale: float = 0.0  # each axis times 1 ± this
     flip: float = 0.0  # probability of the mirrored clip
     crop: float = 1.0  # smallest share of the frames that a random crop keeps
@@ -244,6 +243,7 @@ class Augment:
     uniform: bool = False  # a random frame of each of T equal segments
     drop_joints: float = 0.0  # probability that a joint of a body is missing
     drop_bodies: float = 0.0  # probability that a body is missing; one always stays
+    rotate_about: str = "xyz"  # the axes of `rotate`, in 3D
 
     def __post_init__(self):
         limits = {"rotate": (0, 180), "scale": (0, 0.9), "flip": (0, 1), "crop": (0.01, 1),
@@ -355,7 +355,7 @@ PRESETS, TIMES = ("paper", "msg3d", "first-frame"), ("repeat", "resize")
 
 
 def in_channels(coordinates, preprocess="paper"):
-    "C of a network's input: coordinates and visibility (or score); msg3d has none in 3D."
+    "C of a network's input: coordinates and visibility (or score); in 3D `paper` alone has it."
     return coordinates + (coordinates == 2 or preprocess == "paper")
 
 

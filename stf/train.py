@@ -249,20 +249,20 @@ _BENCHMARKS = {
 }
 _SMALL = dict(widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,), batch_size=16)
 _UCLA = dict(data="data/ucla", protocol="xview", length=52, num_bodies=1, batch_size=16)
-_UCLA_FINAL = dict(  # chosen on views 1 and 2, in 31_nwucla
+_UCLA_RECIPE = dict(  # chosen on views 1 and 2, in 31_nwucla
     **_UCLA, preprocess="first-frame", time="resize",
     augment=Augment(rotate=60.0, rotate_about="y"),
     stf_lr=0.01, stf_epochs=12, stf_milestones=(10,))
 _OTHERS = {
     "synthetic": dict(data="data/synthetic", protocol="xsub", length=32, **_SMALL, epochs=12,
                       milestones=(8, 11), stf_lr=0.02, stf_epochs=15, stf_milestones=(13,)),
-    "ucla": dict(**_UCLA_FINAL, epochs=150, milestones=(100, 135)),
-    "ucla-half": dict(**_UCLA_FINAL, widths=(48, 96, 192), gcn_scales=8, g3d_scales=4,
+    "ucla": dict(**_UCLA_RECIPE, epochs=150, milestones=(100, 135)),
+    "ucla-half": dict(**_UCLA_RECIPE, widths=(48, 96, 192), gcn_scales=8, g3d_scales=4,
                       epochs=150, milestones=(100, 135)),
     "ucla-augmented": dict(
         **_UCLA, preprocess="msg3d", epochs=65, milestones=(50, 60), warmup=5, stf_epochs=30,
         stf_milestones=(20, 27), augment=Augment(rotate=17.0, crop=0.5)),
-    "ucla-small": {**_UCLA_FINAL, **_SMALL, "epochs": 100, "milestones": (67, 90)},
+    "ucla-small": {**_UCLA_RECIPE, **_SMALL, "epochs": 100, "milestones": (67, 90)},
 }
 _FIRST = {f"{k}-{s}": {**v, "stream": s} for k, v in _BENCHMARKS.items() for s in STREAMS[:2]}
 _FIRST |= {k + s: {**v, "stream": s[1:] or "joint"} for k, v in _OTHERS.items()
