@@ -342,15 +342,15 @@ class Training:
     def train_epoch(self, stop=(), progress=True):
         "The steps of the epoch that are left. KeyboardInterrupt, after saving, if stop is filled."
         c, a, s, epoch = self.config, self.accelerator, self.state, self.state["epoch"]
-        self.batches.set_epoch(epoch)
         self.net.train(not c.train_only)
         step = batch_statistics if c.statistics == "batch" else nullcontext
         if c.compile:
             self.net.features = self.compiled
         self.optimizer.param_groups[0]["lr"] = learning_rate(c, epoch)
         first, total, what = s["step"] * c.accumulate, 0, f"epoch {epoch + 1} of {c.epochs}"
-        bar = tqdm(a.skip_first_batches(self.loader, first), f"{c.name}, {what}",
-                   disable=not (progress and a.is_main_process))
+        loader = a.skip_first_batches(self.loader, first)
+        loader.set_epoch(epoch)  # sets that of self.batches, too; a copy would begin at epoch 0
+        bar = tqdm(loader, f"{c.name}, {what}", disable=not (progress and a.is_main_process))
         for i, (x, y) in enumerate(bar, first):
             clips = self.batches.steps[s["step"]]
             seed = np.random.SeedSequence([c.seed, epoch, i, a.process_index])

@@ -565,6 +565,30 @@ def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, interruptibl
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("stopped", [(), (5,)])
+def test_each_epoch_has_its_own_order_and_variants(tmp_path, interruptible, stopped):
+    """An accelerator's loader sets the epoch of its dataset, too: every pass was once the first one,
+    the same batches and the same random variants again."""
+    seen, config = [], tiny(tmp_path / "e", augment=Augment(rotate=17.0), accumulate=2)
+
+    class Seen(TinyStore):
+        def batch(self, indices, seed=None, **options):
+            seen.extend([] if seed is None else [(tuple(seed), *map(int, indices))])
+            return super().batch(indices, **options)
+
+    if stopped:
+        with pytest.raises(KeyboardInterrupt, match="stopped in epoch 2"):
+            go(config, Seen(hook=pressing(10).hook))
+        seen.clear()
+    go(config, Seen())
+    batches = Batches(TinyStore(), np.arange(14), 5, 2, 0, config.augment)
+    wanted = []
+    for epoch in range(3):
+        batches.set_epoch(epoch)
+        wanted += [((0, epoch), *part.tolist()) for part in batches.micro]
+    assert seen == wanted[len(wanted) - len(seen):] and (len(seen) < len(wanted)) == bool(stopped)
+
+
 def test_a_signal_while_the_test_clips_are_scored_is_not_lost(tmp_path, interruptible):
     config = tiny(tmp_path / "r", epochs=1)
     with pytest.raises(KeyboardInterrupt, match="finished and saved"):
