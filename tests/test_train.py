@@ -567,8 +567,8 @@ def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, interruptibl
 
 @pytest.mark.parametrize("stopped", [(), (5,)])
 def test_each_epoch_has_its_own_order_and_variants(tmp_path, interruptible, stopped):
-    """An accelerator's loader sets the epoch of its dataset, too: once, each pass was the first one,
-    the same batches and random variants again."""
+    """An accelerator's loader sets its dataset's epoch, too: once, each pass was the first one, the
+    same batches and random variants again."""
     seen, config = [], tiny(tmp_path / "e", augment=Augment(rotate=17.0), accumulate=2)
 
     class Seen(TinyStore):
