@@ -30,8 +30,8 @@ from .clips import open_clips
 from .dataset import ClipStore, validation_split
 from .evaluate import (Scores, average, class_tests, differences, holm, paired_interval,
                           predict_scores, top_k, verdict, write_file)
-from .faithfulness import (areas, class_mean, faithfulness, focus_measures, importance_maps,
-                              known_answer, localisation)
+from .faithfulness import (areas, beta_ceiling, class_mean, faithfulness, focus_measures,
+                              importance_maps, known_answer, localisation)
 from .losses import loss_ranges
 from .plot import draw_class_difference, draw_strip
 from .process import environment, one_accelerator
@@ -720,15 +720,16 @@ def focus_gains(records: list) -> pd.DataFrame:
 def dose_curve(config: Config, label: str, epochs, results="data/results", store=None,
                folder=None, progress=True) -> dict:
     """A record of what a training does to the focus on the way, found or made: `curve`, a line for
-    each of the `epochs`, from 0, with its `dose` and focus measures (and localisation, `folder`).
-    A record that is there stays as it is, whatever `epochs` and `folder` ask for.
+    each of the `epochs`, from 0, with its `dose`, the `train_top1` of the epoch before and focus
+    measures (and localisation, `folder`); under L_Gk also the `ceiling` of β at the end. A record
+    that is there stays as it is, whatever `epochs` and `folder` ask for.
     """
     path = _path(results, "dose", config.name, label, config.seed)
     if record := _found(path, config):
         if record["row"] != label:
             raise ConfigError(f"{path} is of {record['row']!r}, not {label!r}: name it otherwise")
         return record
-    c, curve = config, []
+    c, curve, trained, more = config, [], {}, {}
     with one_accelerator(c.device, c.precision, c.accumulate, c.tracker, c.run_folder) as a:
         t = Training(c.replace(save_every=0), store or ClipStore(c.data), a)
         where = environment(a.device)
@@ -737,12 +738,17 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         for epoch in range(max(epochs) + 1):
             if epoch in epochs:
                 found = focus_measures(t.net.eval(), store, t.test, options, known=known).mean()
-                curve.append({"dose": dose(c, len(t.train), epoch), **found.dropna().to_dict()})
+                reached = {"dose": dose(c, len(t.train), epoch), **trained}
+                curve.append(reached | found.dropna().to_dict())
             if epoch < max(epochs):
                 t.train_epoch(progress=progress)
+                trained = {"train_top1": t.means()["train_top1"]}
                 t.state.update(epoch=epoch + 1, step=0, sums={})
+        if c.loss_weights.g:
+            seen, unseen = (store.batch(part, **t.input)[0] for part in (t.train, t.test))
+            more = {"ceiling": beta_ceiling(t.net.eval(), seen, unseen)}
     write_file(path, {"format": 1, "experiment": "dose", "name": c.name, "row": label,
-                      "seed": c.seed, "stream": c.stream, "curve": curve,
+                      "seed": c.seed, "stream": c.stream, "curve": curve, **more,
                       "environment": where, "config": json.loads(c.to_json())})
     return _read(path)
 
