@@ -250,8 +250,7 @@ _BENCHMARKS = {
 _SMALL = dict(widths=(24, 48, 96), gcn_scales=4, g3d_scales=4, windows=(3,), batch_size=16)
 _UCLA = dict(data="data/ucla", protocol="xview", length=52, num_bodies=1, batch_size=16)
 _UCLA_RECIPE = dict(  # chosen on views 1 and 2, in 31_nwucla
-    **_UCLA, preprocess="first-frame", time="resize",
-    augment=Augment(rotate=60.0, rotate_about="y"),
+    **_UCLA, preprocess="msg3d", time="resize", augment=Augment(rotate=17.0),
     stf_lr=0.01, stf_epochs=12, stf_milestones=(10,))
 _OTHERS = {
     "synthetic": dict(data="data/synthetic", protocol="xsub", length=32, **_SMALL, epochs=12,
