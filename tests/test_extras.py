@@ -126,8 +126,11 @@ def test_bodies_that_are_no_input_and_empty_frames(predictor):
     assert e.bodies == [0, 1] and not any(G[2].any() for G in e.dynamic)
     for beta in e.beta:
         assert not beta[2].any() and not beta[1, :10].any() and beta[1, 10:].any()
-    changes = dict(frame=29), dict(body=1), dict(azimuth=90), dict(elevation=-30), dict(links=True)
-    assert len({left(e, **change)[1] for change in ({}, dict(frame=12), *changes)}) == 7
+    changes = dict(frame=12), dict(frame=29), dict(body=1), dict(azimuth=90), dict(elevation=-30)
+    assert len({left(e, **change)[1] for change in ({}, *changes)}) == 6
+    assert len(left(e, links=True)[0].axes[0].patches) == 15
+    points = next(p for c in left(e)[0].axes[0].collections if len(p := c.get_offsets()) == 50)
+    assert np.corrcoef(points[:, 1], joints[[0, 2], 0, :, 1].ravel())[0, 1] > 0.9  # feet below
     Explanation(Clip(walk(T=1), name="one frame"), predictor).draw()
 
 

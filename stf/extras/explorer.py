@@ -126,8 +126,8 @@ class Explanation:
         clip, p, Q = self.clip, self.prediction, self.prediction.focus
         skeleton, joints = clip.skeleton, clip.joints.astype(float)
         drawn = ((clip.visible > 0) | joints.any(-1)) & clip.present[..., None]
-        flip = -1 if joints.shape[-1] == 2 else 1  # y points down in images, as in stf.plot
-        joints = joints * [1, flip, 1][: joints.shape[-1]]
+        if joints.shape[-1] == 2:  # y points down in images, as in stf.plot
+            joints = joints * [1, -1]
         centre, wide, high = _window(joints[drawn], elevation)
         ax = figure.add_axes((0.02, 0.47, 0.96, 0.43))
         if len(centre) == 3:  # a floor that turns with the body
@@ -136,7 +136,7 @@ class Explanation:
                 for line in ([(a, low, b) for b in at], [(b, low, a) for b in at]):
                     line = _turn(np.array(line), azimuth, elevation)
                     ax.plot(*line.T, color=COLOURS["light"], linewidth=0.8, zorder=1)
-        flat = _turn(joints[:, frame] - centre, azimuth, elevation) * [1, flip]
+        flat = _turn(joints[:, frame] - centre, azimuth, elevation) * [1, -1]  # flat: y down
         here = drawn[:, frame]
         flat[~here] = np.nan
         if links and self.dynamic and here[body].any():
