@@ -98,10 +98,10 @@ def test_every_value_of_config_is_an_option_and_reaches_run(monkeypatch, capsys)
     seen, run = [], lambda c, **k: seen.append(c) or Run(Path("r"), c, pd.DataFrame(), 50.0, [])
     monkeypatch.setattr("stf.train.run", run)
     typed(monkeypatch, *"train ucla-small-bone --lr 0.1 --widths 6 12 18 --seed 4 --no-exact "
-                        "--losses e --model stf --augment.rotate 17".split())
+                        "--losses e --model stf --augment.scale 0.1".split())
     assert seen[0] == Config.preset("ucla-small-bone", lr=0.1, widths=(6, 12, 18), seed=4,
                                     exact=False, losses="e", model="stf",
-                                    augment={"rotate": 17.0, "rotate_about": "y"})
+                                    augment={"rotate": 17.0, "scale": 0.1})
     with pytest.raises(SystemExit):
         typed(monkeypatch, "train", "ucla-small", "--help")
     said = capsys.readouterr().out
