@@ -332,7 +332,8 @@ def test_ranges_and_doses_are_records(tmp_path):
     assert [line["dose"] for line in curve["curve"]] == [0, 2 * 0.5 * steps]
     before, after = (line["β follows Q"] for line in curve["curve"])
     assert before != after and dose_curve(stage, "M4, longer", (0, 2), tmp_path, None) == curve
-    assert "train_top1" in curve["curve"][1] and all(-1 <= r <= 1 for r in curve["ceiling"])
+    assert "train_top1" in curve["curve"][1] and len(curve["ceiling"]) == 3
+    assert all(-1 <= r <= 1 for r in curve["ceiling"])
     with pytest.raises(ConfigError, match="seed0.json is of 'M4, longer', not 'M4 longer'"):
         dose_curve(stage, "M4 longer", (0, 2), tmp_path, None)
     Path(curve["path"]).write_text('{"row"')  # as after a full disk

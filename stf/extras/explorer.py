@@ -136,7 +136,7 @@ class Explanation:
                 for line in ([(a, low, b) for b in at], [(b, low, a) for b in at]):
                     line = _turn(np.array(line), azimuth, elevation)
                     ax.plot(*line.T, color=COLOURS["light"], linewidth=0.8, zorder=1)
-        flat = _turn(joints[:, frame] - centre, azimuth, elevation) * [1, -1]  # flat: y down
+        flat = _turn(joints[:, frame] - centre, azimuth, elevation) * [1, -1]  # as in an image
         here = drawn[:, frame]
         flat[~here] = np.nan
         if links and self.dynamic and here[body].any():
