@@ -251,11 +251,13 @@ class SkeletonNetwork(nn.Module):
 
     Absent bodies are all zeros in x. With in_channels=4 the last channel is the visibility, which
     goes around data_bn. A subclass has `fc`, a linear layer, and `blocks(h, first)`: from what
-    enters block `first`, the maps (B,C,T',V) by name, "block1" … "block3", and [(β, G), …].
+    enters block `first`, the maps (B,C,T',V) by name, "block1" … the last, and [(β, G), …].
     """
 
     has_beta = False  # L_Gk needs β, which STFNet has
-    starts = "{block1}, {block2} or {block3}"  # where forward_from may start
+    depth = 3  # blocks
+    starts = "of one block"  # maps that forward_from may start from
+    with_stf = None  # short name of this network with STF modules
 
     def __init__(self, num_classes, skeleton, in_channels, num_bodies, bodies_alike=False):
         super().__init__()
@@ -282,16 +284,18 @@ class SkeletonNetwork(nn.Module):
         maps, made = self.blocks(self.normalise_input(x))
         maps = {name: by_body(h) for name, h in maps.items()}
         beta, dynamic = (tuple(by_body(pair[i]) for pair in made) for i in (0, 1))
-        return Features(maps["block3"], maps, (x != 0).flatten(1, 3).any(1), beta, dynamic)
+        last, present = maps[f"block{self.depth}"], (x != 0).flatten(1, 3).any(1)
+        return Features(last, maps, present, beta, dynamic)
 
     def forward_from(self, maps: dict):
         "last (N,M,C,T',V) from the map of one block, {name: map}, in running statistics."
-        if len(maps) != 1 or set(maps) - {"block1", "block2", "block3"}:
-            raise ValueError(f"the maps must be {self.starts}, got {sorted(maps)}")
+        names = [f"block{b}" for b in range(1, self.depth + 1)]
+        if len(maps) != 1 or not maps.keys() <= {*names}:
+            raise ValueError(f"the maps must be {self.starts} (of {names}), got {sorted(maps)}")
         (name, h), = maps.items()
         with frozen_norms(self):
-            above, _ = self.blocks(h.flatten(0, 1), int(name[-1]) + 1)
-        return above["block3"].unflatten(0, h.shape[:2]) if above else h
+            above, _ = self.blocks(h.flatten(0, 1), names.index(name) + 2)
+        return above[names[-1]].unflatten(0, h.shape[:2]) if above else h
 
     def head(self, last):
         "(N,M,C,T',V) → (N,classes): mean over frames and joints, mean over bodies, linear."
@@ -307,7 +311,7 @@ class MSG3D(SkeletonNetwork):
     Raises ValueError for widths that six branches can't share, and for input of another shape.
     """
 
-    starts = "{block1}, {block2}, {block3} or {sgcn3, gcn3d3}"
+    starts, with_stf = "of one block or of sgcn3 and gcn3d3", "stf"
 
     # constructor arguments beside the skeleton, kept as attributes: a checkpoint's header has them
     hparams = ("num_classes", "in_channels", "num_bodies", "widths",

@@ -49,7 +49,8 @@ def closest(word, known) -> str:
 
 
 _NETWORKS = {"msg3d": "stf.backbone:MSG3D", "stf": "stf.stf_module:STFNet",
-             "stgcn": "stf.stgcn:STGCN"}  # short names
+             "stgcn": "stf.stgcn:STGCN", "ctrgcn": "stf.ctrgcn:CTRGCN",
+             "stf-ctrgcn": "stf.ctrgcn:STFCTRGCN"}  # short names
 
 
 def network_class(name: str) -> type:

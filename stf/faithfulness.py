@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from .checkpoints import build_network
 from .evaluate import paired_interval
-from .focus import (focus_agreement, focus_coverage, focus_overlap, grad_cam, module_focus,
+from .focus import (focus_agreement, focus_coverage, focus_overlap, grad_cam,
                        resample_focus)
-from .losses import mask_input, permute_focus
+from .losses import LossWeights, STFLoss, mask_input, permute_focus
 from .preparation import prepare
 from .synthetic import read_action_masks
 
@@ -306,11 +306,11 @@ def focus_measures(
             ahead = torch.stack(follow).mean(0) - torch.stack(other).mean(0)
             left = [net(mask_input(x, hidden)).softmax(1).gather(1, top[:1].t())[:, 0]
                     for hidden in (own, permute_focus(own, f.present))]
-        inner = module_focus(net, f, top[0])
+        inner = STFLoss(net, LossWeights(g=0)).module_foci(f, top[0])
         found = {
             "coverage": focus_coverage(own, f.present),
             **{f"overlap ({score})": focus_overlap(*pair, f.present) for score, pair in q.items()},
-            "modules 5, 6 agree": focus_agreement(*inner.values(), f.present),
+            "modules 5, 6 agree": focus_agreement(*inner, f.present).detach(),
             "β follows Q": torch.stack(follow).mean(0),
             **{f"β follows Q, module {k}": b for k, b in enumerate(follow, 1)},
             "β follows its Q more than another's": torch.where(alike, ahead, torch.nan),

@@ -93,7 +93,7 @@ class STFNet(MSG3D):
     logits are MS-G3D's.
     """
 
-    has_beta, hparams = True, (*MSG3D.hparams, "beta_kernel")
+    has_beta, with_stf, hparams = True, None, (*MSG3D.hparams, "beta_kernel")
 
     def __init__(self, *args, beta_kernel="3x3", **kwargs):
         super().__init__(*args, **kwargs)
@@ -106,18 +106,22 @@ class STFNet(MSG3D):
         "[(β, G), (β, G)] for sgcn and gcn3d of a block, from its input x (B,C,T,V)."
         return [module(x) for module in self.stf[2 * block - 2 : 2 * block]]
 
+    def graphs(self):
+        "The matrices Â_1 … (K,V,V) that G of each module is added to."
+        graphs = [getattr(self, f"sgcn{b}")[0].A for b in (1, 1, 2, 2, 3, 3)]
+        return [A.unflatten(0, (-1, A.shape[1]))[1:] for A in graphs]
+
 # %% ../nbs/02_stf_module.ipynb #2b79d8d2
 def adjacency_statistics(
-    net: STFNet,
-    dynamic: list,  # six G (N,M,K,V,V)
+    net,  # STF network
+    dynamic: list,  # G (N,M,K,V,V) of each module
     present: torch.Tensor,  # (N,M) bool: absent bodies are left out
 ) -> list:  # one dict a module: ratio ‖G_k‖/‖Â_k‖, mean over scales; spread, std across clips / rms
     "Size and clip-to-clip spread of each module's G_k (present bodies only)."
     rows = []
-    for i, G in enumerate(dynamic):
+    for i, (G, A) in enumerate(zip(dynamic, net.graphs())):
         G = G.detach().flatten(0, 1)[present.flatten()].double()
-        A = getattr(net, f"sgcn{i // 2 + 1}")[0].A.unflatten(0, (-1, G.shape[-1]))
-        A = A[1 : 1 + G.shape[1]].to(G)
+        A = A[: G.shape[1]].detach().to(G)
         ratio = G.square().mean(0).sum((1, 2)).sqrt() / A.square().sum((1, 2)).sqrt()
         rms = G.square().mean().sqrt()
         spread = G.std(0, unbiased=False).square().mean().sqrt() / rms if rms > 0 else rms

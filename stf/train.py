@@ -58,7 +58,7 @@ class Config:
     bodies: Literal[tuple(BODY_RULES)] = "spread"  # which, if there are more (paper, 3D)
     augment: Augment = Augment()  # random variants of the training clips
 
-    model: str = "msg3d"  # msg3d, stf, stgcn, or module:Class of a module that you have imported
+    model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn, or module:Class if imported
     widths: tuple[int, ...] = (96, 192, 384)  # channels of the three blocks
     gcn_scales: int = 13  # scales of the graph convolutions
     g3d_scales: int = 6  # scales of the windowed ones
@@ -150,11 +150,11 @@ class Config:
         return cls(**{"name": base, **second, **values, **changes})
 
     def second_stage(self, losses: str) -> "Config":
-        "The training with focus losses from this run's weights; of an MS-G3D's, an STF network."
-        tail, stf = f"-stf-{losses or 'ce'}", network_class(self.model) is MSG3D
+        "The training with focus losses from this run's weights, of an STF network if there is one."
+        tail, stf = f"-stf-{losses or 'ce'}", getattr(network_class(self.model), "with_stf", None)
         return self.replace(
             name=self.name + tail, folder=self.folder and self.folder + tail, losses=losses,
-            model="stf" if stf else self.model, init=str(self.run_folder),
+            model=stf or self.model, init=str(self.run_folder),
             lr=self.stf_lr, epochs=self.stf_epochs, milestones=self.stf_milestones)
 
     def to_json(self) -> str:
@@ -571,8 +571,8 @@ Ensemble = namedtuple("Ensemble", "runs scores top1")  # row → Run; probabilit
 
 def run_stf(config: Config, store=None, progress: bool = True) -> Ensemble:
     "Baseline (M1), then from its weights the L_d + L_c + L_G network (M4) and the L_e network; M5."
-    if network_class(config.model) is not MSG3D:
-        raise ConfigError("STF starts with the baseline, so it needs an MS-G3D: model='msg3d'")
+    if not getattr(network_class(config.model), "with_stf", None):
+        raise ConfigError("STF starts with the baseline: model='msg3d' or 'ctrgcn'")
     stages = {"M1": config, "M4": config.second_stage("dcg"), "Le": config.second_stage("e")}
     runs = {row: run(stage, store, progress) for row, stage in stages.items()}
     scores = average(runs["M4"].scores, runs["Le"].scores)

@@ -1,0 +1,79 @@
+"""CTR-GCN: any skeleton and depth, checkpoints, second stages, the focus measures' maps."""
+import numpy as np
+import pytest
+import torch
+
+from stf.checkpoints import ConfigError, batch_options, load_checkpoint, save_checkpoint
+from stf.ctrgcn import CTRGCN, STFCTRGCN
+from stf.faithfulness import focus_measures
+from stf.focus import focus_agreement, module_focus
+from stf.stf_module import adjacency_statistics
+from stf.train import Config
+from test_networks import DOG, clips, stirred
+from test_train import TinyStore, equal, go, interruptible, pressing  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+SIZES = dict(widths=(8, 12, 16), layers=(1, 2, 1))
+
+
+@pytest.mark.parametrize("channels, T", [(3, 7), (4, 8)])
+def test_continues_from_every_block(channels, T):
+    """A wrong count of blocks would run some twice, or leave them out."""
+    net = stirred(STFCTRGCN(5, DOG, channels, 2, **SIZES)).double().eval()
+    f = net.features(clips(net, 3, T))
+    assert sorted(f.maps) == ["block1", "block2", "block3", "block4"] and len(f.beta) == 4
+    assert [h.shape[3] for h in f.maps.values()] == [T, (T + 1) // 2, (T + 1) // 2, (T + 3) // 4]
+    for h in f.maps:
+        assert (net.forward_from({h: f.maps[h]}) - f.last).abs().max() < 1e-10
+    with pytest.raises(ValueError, match="the maps must be of one block .*block4'.*got"):
+        net.forward_from({"block5": f.last})
+    sizes = adjacency_statistics(net, f.dynamic, f.present)
+    expected = f.dynamic[2].flatten(0, 1)[f.present.flatten()].square().mean(0).sum((1, 2)).sqrt()
+    expected = (expected / net.units[2].gcn.A.square().sum((1, 2)).sqrt()).mean()
+    assert len(sizes) == 4 and sizes[2]["ratio"] == pytest.approx(expected.item())
+
+
+def test_an_absent_body_and_the_order_of_bodies_change_nothing_else():
+    net = stirred(CTRGCN(5, DOG, 3, 2, **SIZES)).double().eval()
+    x = clips(net, 4, 8)
+    maps = net.features(x).maps["block3"]
+    alone = x.clone()
+    alone[..., 1] = 0
+    assert (net.features(alone).maps["block3"][:, 0] - maps[:, 0]).abs().max() < 1e-12
+
+
+def test_round_trip_and_sizes(tmp_path):
+    net = stirred(STFCTRGCN(5, DOG, 4, 3, **SIZES, beta_kernel="3x1")).eval()
+    facts = dict(classes=list("abcde"), stream="joint", preprocess="paper", length=8)
+    save_checkpoint(tmp_path / "weights", net, facts)
+    again, header = load_checkpoint(tmp_path)
+    assert type(again) is STFCTRGCN and header["model"] == "stf.ctrgcn:STFCTRGCN"
+    assert torch.equal(again(clips(net)), net(clips(net)))
+    for wrong in (dict(widths=(8, 12)), dict(widths=(8, 12, 15)), dict(layers=(4, 0, 3))):
+        with pytest.raises(ValueError, match="multiples of 4"):
+            CTRGCN(5, DOG, **wrong)
+
+
+OPTIONS = dict(model="ctrgcn", widths=(8, 12, 16), epochs=2, milestones=(1,), stf_epochs=1,
+               stf_milestones=())
+
+
+def test_both_stages_and_resume(tmp_path, interruptible):  # noqa: F811
+    """All four losses train it from its baseline; an interrupted training ends as a whole one."""
+    whole = go(tmp_path / "whole", **OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path / "cut", pressing(4), **OPTIONS)
+    assert equal(go(tmp_path / "cut", **OPTIONS), whole)
+    c = whole.config.second_stage("edcg").replace(folder=str(tmp_path / "stf"))
+    second = go(c)
+    assert c.model == "stf-ctrgcn" and {*"edcg", "g_ratio"} <= {*second.history.columns}
+    net, header = load_checkpoint(second.folder)
+    assert all(m.alpha.mix_time.weight.abs().max() > 0 for m in net.stf)
+    store, options = TinyStore(), batch_options(header)
+    measured = focus_measures(net, store, [14, 15], options)  # L_c's maps: the last two blocks
+    f = net.features(x := store.batch([14, 15], **options)[0])
+    foci = [module_focus(net, f, net(x).argmax(1), (b,))[b] for b in ("block9", "block10")]
+    agree = focus_agreement(*foci, f.present).detach().numpy()
+    assert np.abs(measured["modules 5, 6 agree"] - agree).max() < 1e-5
+    with pytest.raises(ConfigError, match="'ctrgcn' has no β"):
+        Config(model="ctrgcn", losses="g", widths=(8, 12, 16))
