@@ -48,7 +48,8 @@ def _open_place(path, *members):
 
 # %% ../nbs/10_arrays.ipynb #c7f2446f
 class Rows:
-    """Rows of an .npy (path, member, …): shape, dtype, len(rows), rows[i]. ValueError if unfit."""
+    """Rows of an .npy (path, member, …): shape, dtype, len(rows), rows[i]. ValueError for Python
+    objects, Fortran order or a truncated file."""
 
     def __init__(self, *place):
         self.place, self.handles = place, Handles()
@@ -145,7 +146,7 @@ class _Unpickler(pickle._Unpickler):
 
 
 def load_pickle(*place, handles=None):
-    "Plain values in a pickle (path, member, …), arrays to be had by `_plain`; else ValueError."
+    "A pickle's plain values (path, member, …), arrays as stand-ins for `_plain`; else ValueError."
     handles = handles or Handles()
     try:
         file, _ = _open_place(*place)
@@ -182,7 +183,7 @@ class ArraySet:
 
 
 def _trim(joints):
-    "Joints (M,T,V,C) without empty frames at the end and bodies that never appear."
+    "Joints (M,T,V,C), cut after the last frame and the last body that are not all zero."
     bodies, frames = (at.max(initial=0) + 1 for at in joints.any(axis=(2, 3)).nonzero())
     return joints[:bodies, :frames]
 
@@ -415,7 +416,7 @@ def open_arrays(
     files,  # {name: place} of what a folder or zip holds; of a file, and what lies beside it
     labels=None,  # MS-G3D: the label pickle, if it doesn't lie beside
     num_joints: int = 25,  # CTR-GCN: joints of a body
-):  # a set of clips, or None if it is nothing of the kind
+):  # a set of clips, or None if it has none of these forms
     "Open a data set in one of the array forms. ValueError if it is one, but bad."
     path = Path(os.path.abspath(path))
     files = {name: (os.path.abspath(file), *inner) for name, (file, *inner) in files.items()}

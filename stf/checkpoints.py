@@ -125,7 +125,7 @@ def _check_header(file, header: dict, cure: str) -> dict:
     try:
         skeleton = Skeleton(**header["skeleton"])
     except (TypeError, ValueError) as e:
-        need(False, f"its skeleton is none: {e}")
+        need(False, f"its skeleton is invalid: {e}")
     need(coordinates(header), f"{preprocess!r} makes no input of {header['in_channels']} channels")
     upright = skeleton.name == "openpose18" or None not in (skeleton.spine, skeleton.shoulders)
     need(preprocess != "msg3d" or upright,
@@ -203,7 +203,7 @@ def build_network(header: dict) -> torch.nn.Module:
 
 
 def _least_weights(header: dict) -> int:
-    "How many weights a network of stf has at the least, by its header's sizes; 0 for others."
+    "Lower bound on the number of weights, from the header's sizes; 0 for networks outside stf."
     kind = network_class(header["model"])
     if not kind.__module__.startswith("stf."):
         return 0

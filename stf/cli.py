@@ -91,7 +91,7 @@ def draw_sheet(
     clips: int = 6,  # how many
     seed: int = 0,  # which
 ) -> list:  # numbers of the clips that were drawn
-    "A picture with six frames of each of a few clips, of different classes as far as there are."
+    "A picture with six frames of each of a few clips, of as many classes as possible."
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -151,7 +151,7 @@ def prepare(
     picture = made.folder / "sheet.png"
     try:
         draw_sheet(made, picture)
-    except Exception as e:  # the store is whole without it
+    except Exception as e:  # the store is complete without the picture
         picture = f"none: {e}"
     _show_store(made, picture=picture)
 
@@ -485,7 +485,7 @@ def named_config(
 
 
 def _with_config(command, config):
-    "The command with a configuration's values as defaults of options of their own."
+    "The command with an option for each field of `Config`, whose value is the default."
     from stf.experiments import ROWS
 
     def made(config, **options):

@@ -58,7 +58,7 @@ def _recordings(files, members, kind):
 
 
 def _tell_folders(paths):
-    "[(split, class)] that folders tell of recordings: kinetics_train/, test/, walk/; what not."
+    "[(split, class)] by the recordings' folders (kinetics_train/, test/, walk/), and notes."
     splits = {}
     for i, path in enumerate(paths):
         for side in [*filter(None, map(_SIDE.fullmatch, path))][:1]:
@@ -82,7 +82,7 @@ def _clip_of_file(files, recordings, tells, classes, kind, skeleton, i):
 
 # %% ../nbs/11_clips.ipynb #f2000002
 def _own_classes(arrays):
-    "Whether NTU names stand beside other labels, one an action: classes of one's own."
+    "Whether recordings with NTU names have labels of their own, one per action."
     told = {(ntu_words(name)[1], label) for name, label in zip(arrays.names, arrays.labels)}
     told = {pair for pair in told if None not in pair}
     one = len({a for a, _ in told}) == len({b for _, b in told}) == len(told) > 0
@@ -198,7 +198,7 @@ def _find_kind(files, labels, num_joints):
 
 # %% ../nbs/11_clips.ipynb #f2000005
 def _rows_of(table, names):
-    "{i: its row} of the clips in a table, and what to tell. ClipError: none, or one is twice."
+    "{i: its row} of the clips in a table, and notes. ClipError if none matches, or one twice."
     ending = re.compile(r"(_rgb)?\.(skeleton|json|np[yz]|pkl|txt|mat|mp4|avi)$", re.IGNORECASE)
     bare = lambda name: ending.sub("", name)
     if not {*map(bare, table)} & {*map(bare, names)}:

@@ -213,8 +213,8 @@ def predict_scores(
 ) -> Scores:
     """Softmax probabilities of each clip, in the order of `indices`, in evaluation mode.
 
-    Of several processes, the first one's running statistics count. Raises ValueError if a clip is
-    given twice, or if the network has another number of classes.
+    With several processes, the first one's running statistics are used. Raises ValueError if a
+    clip is given twice, or if the network has another number of classes.
     """
     indices, rows, a = np.asarray(indices, dtype=np.int64).reshape(-1), [], accelerator
     mine = indices[a.process_index :: a.num_processes] if a else indices
@@ -261,10 +261,10 @@ class Gain(NamedTuple):
     gain: float
     low: float  # of the interval
     high: float
-    p: float  # two-sided, of no gain
+    p: float  # two-sided, of the hypothesis of no gain
     se: float  # standard error
     df: float  # degrees of freedom
-    detectable: float  # the gain that such a design finds with 80 % power
+    detectable: float  # the true gain that this design detects with 80 % power
 
 
 def paired_interval(
@@ -319,7 +319,7 @@ def holm(p) -> np.ndarray:
 def class_tests(
     ours: list,  # Scores, one a seed
     baseline: list,  # Scores of the same seeds
-    level: float = 0.05,  # below which a corrected p counts
+    level: float = 0.05,  # a corrected p below it is significant
 ) -> pd.DataFrame:  # index: class; clips, difference, wins, losses, p, holm, verdict; best first
     "Class by class: difference in points (mean over seeds), McNemar's p, and Holm's over all."
     d = differences(ours, baseline)

@@ -35,7 +35,7 @@ class ClipError(ValueError):
         self.path, self.place, self.reason = str(path), str(place), str(reason)
         super().__init__(": ".join(part for part in (self.path, self.place, self.reason) if part))
 
-    def __reduce__(self):  # so that worker processes can hand it back
+    def __reduce__(self):  # so that worker processes can send it back
         return type(self), (self.path, self.place, self.reason)
 
 
@@ -54,7 +54,7 @@ def as_typed(text, options=("axes", "kind", "labels", "skeleton")) -> str:
 
 @contextmanager
 def named(path, words=None):
-    "ClipErrors raised inside name this path, or theirs below it; with words (`{}`), all errors."
+    "ClipErrors raised inside name this path, or a file below it; with `words`, all errors do."
     try:
         yield
     except Exception as e:
@@ -138,7 +138,7 @@ class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
     `names`, sorted; `where`: what messages call each; `unread`: archives beside loose recordings,
-    and what can't be had. ClipError for a place that isn't there, or a damaged archive.
+    and broken links. ClipError for a place that isn't there, or a damaged archive.
     """
 
     def __init__(self, path):
@@ -281,7 +281,7 @@ class Files:
         return places
 
     def label_list(self) -> dict:
-        "What Kinetics' label lists in it and beside it say, as `read_labels` gives it."
+        "Entries of Kinetics' label lists in it and beside it, as from `read_labels`."
         beside = {_PACKED.sub("", f(self.path)) for f in (os.path.abspath, os.path.realpath)}
         beside = [f"{place}_label.json{end}" for place in sorted(beside) for end in ("", ".gz")]
         lists = [self._open(*entry[1:]) for entry in self.lists]

@@ -152,7 +152,7 @@ class Script:
         return float(self.style * sd * self.rng.standard_normal())
 
     def varied(self, value):
-        "A control's value; nobody reaches for the same spot twice: the offset of a Reach varies."
+        "A control's value; the offset of a Reach, except at rest, varies at random."
         if not isinstance(value, Reach) or value.landmark == "rest":
             return value
         size = 0.05 if value.landmark == "chest" else 0.022  # arm lengths, metres
@@ -226,7 +226,7 @@ _SIDE = np.array([-1, 1])  # left, right: the order of all pairs
 
 # %% ../nbs/11b_people.ipynb #2452602d
 class Actor:
-    "A person on the way from a script to joints (T,25,3): what the functions below found so far."
+    "A person performing a script: inputs and intermediate results of the functions below."
 
     def __init__(self, person, script, t, rng, place=(0.0, 0.0), turn=0.0, side=1, seat=0.47):
         self.person, self.script, self.t, self.rng, self.seat = person, script, t, rng, seat

@@ -179,7 +179,7 @@ def draw_skeleton(
 
 # %% ../nbs/09_plot.ipynb #43882ea6
 def _frames(frames, drawn):
-    "Frames to show: so many, evenly spread, or as listed. ValueError if no body is visible."
+    "Frames to show: that many, evenly spread, or as listed. ValueError if no body is visible."
     if isinstance(frames, (int, np.integer)):
         frames = np.linspace(0, drawn.shape[1] - 1, min(frames, drawn.shape[1])).round()
     frames = np.array(list(frames), int)
@@ -541,7 +541,7 @@ def animate(
     vmin=None, vmax=None,  # values at the ends of the colour map; None: 0 and the greatest
     height: float = 3.0,  # of the picture, in inches
 ):  # matplotlib FuncAnimation, which a notebook shows as a player  # fmt: skip
-    "Moving skeletons, side by side if several; focus glows on the joints as `values`."
+    "Moving skeletons, several side by side; `values` set the joints' colour and size."
     n = len(joints) if isinstance(joints, list) else 1
     each = lambda x: x if isinstance(x, list) and isinstance(joints, list) else [x] * n
     given = zip(*map(each, (joints, skeleton, visible, values, view)), strict=True)

@@ -102,7 +102,7 @@ WAY = "read it into an array (M,T,V,C) and np.savez('….npz', joints=…) it, t
 
 
 def _people(node, t=None, depth=0):
-    "(frame's number or name, points, what else is told) of each person in JSON of these forms."
+    "(frame's number or name, points, other fields) of each person in JSON of these forms."
     expect(depth < 8, "lists within lists, but nobody in them")
     if isinstance(node, dict):
         t = next((node[key] for key in _TIME if key in node), t)

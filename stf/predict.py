@@ -134,7 +134,7 @@ class Prediction:
 
 # %% ../nbs/40_predict.ipynb #01ae419a
 class MismatchError(ClipError):
-    "A recording that networks are not for: another skeleton, coordinates or preprocessing."
+    "A recording that doesn't fit the networks: another skeleton, coordinates or preprocessing."
 
 
 class _Loaded(NamedTuple):

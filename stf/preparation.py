@@ -57,7 +57,7 @@ BODY_RULES = {  # name → score of a body's joints (frames,V,3)
     "spread": lambda x: x.reshape(-1, x.shape[-1]).std(0).sum(),
     "presence": len,
     "motion": lambda x: x.var(0).sum(),
-    "denoise": lambda x: x.var(0).sum(),  # … of people
+    "denoise": lambda x: x.var(0).sum(),  # … of bodies that look like people
 }
 
 
@@ -109,7 +109,7 @@ class _Shown(NamedTuple):
 def _without_gaps(clip):
     "The clip from the first to the last frame with a joint seen, gaps filled; (T,) its frames."
     seen = np.flatnonzero((clip.visible > 0).any((0, 2)))
-    if not len(seen):  # a clip of a store that was built before these were refused
+    if not len(seen):  # from a store that was built before these were refused
         return clip, np.arange(clip.joints.shape[1])
     t = np.arange(seen[0], seen[-1] + 1)
     t = seen[np.searchsorted((seen[1:] + seen[:-1]) / 2, t)]  # the nearest that has one
@@ -197,7 +197,7 @@ def _show_once(clip, body, length, t=None):
 
 
 def _msg3d_flat(clip, length, num_bodies, t=None):
-    "The same of Kinetics: image centre subtracted, y up, each frame's highest scores."
+    "That of Kinetics: image centre subtracted, y up, each frame's highest scores."
     body = _best_scores(_listed_bodies(clip), clip.visible, num_bodies)
     shown = _show_once(clip, body, length, t)
     x = (shown.x - np.float32(0.5)) * np.float32([1, -1]) * (shown.visible != 0)[..., None]
@@ -233,7 +233,7 @@ def _blend(shown, share):
 # %% ../nbs/13_preparation.ipynb #a3f151b0
 @dataclass(frozen=True)
 class Augment:
-    "Random variants of training clips, all off by default. ValueError for what can't be."
+    "Random variants of training clips, all off by default. Invalid values raise ValueError."
 
     rotate: float = 0.0  # degrees about each axis, uniform in ± this; 2D: in the plane
     scale: float = 0.0  # each axis times 1 ± this
@@ -360,7 +360,7 @@ def in_channels(coordinates, preprocess="paper"):
 
 
 def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, augment, seed):
-    "ValueError for options of `prepare` that are unknown, or that can't be had of this clip."
+    "ValueError for options of `prepare` that are unknown, or that this clip doesn't allow."
     for what, value, known in (("stream", stream, STREAMS), ("preprocess", preprocess, PRESETS),
                                ("bodies", bodies, [*BODY_RULES]), ("time", time, TIMES)):
         if value not in known:

@@ -317,7 +317,7 @@ def read_kinetics(
         people = kinetics_people(content, skeleton.num_joints)
         joints, visible = rank_bodies(*people, max_people)
         label, words = content.get("label_index"), content.get("label") or None
-        known = label not in ("", -1, None)  # one's own films have none
+        known = label not in ("", -1, None)  # your own videos have none
         label = whole_number(label, "label_index") if known else None
         expect(words is None or isinstance(words, str), "must be text", "label")
         return Clip(joints, visible, name, label, skeleton, words)

@@ -27,7 +27,7 @@ SETS = {key: SimpleNamespace(**{**_usual, **about}) for key, about in _table.ite
 
 # %% ../nbs/10d_sets.ipynb #375311a8
 def _numbers(data, d, span=None):
-    "(lines, numbers) of the lines of text whose first number is in a span. ClipError."
+    "Numbers (lines, values) of the text lines whose first lies in `span`. ClipError if malformed."
     width, rows = d.before + d.bodies * len(d.joints) * d.values // d.lines, []
     for at, line in enumerate(data.replace(b",", b" ").splitlines(), 1):
         words = line.split()
@@ -66,7 +66,7 @@ def _metres(numbers, d):
 
 # %% ../nbs/10d_sets.ipynb #eed9bfc7
 def _ut_kinect(files, members, d):
-    "Clips (file, name, tags, span) that actionLabel.txt lists; how many have no frames. ClipError."
+    "[(file, name, tags, span)] of actionLabel.txt, and how many actions have no frames. ClipError."
     places = {name.rpartition("/")[2]: i for i, name in enumerate(files.names)}
     beside = os.path.join(os.path.dirname(os.path.abspath(files.path)), "actionLabel.txt")
     here = "actionLabel.txt" in places
@@ -104,8 +104,8 @@ def _florence3d(files, members, d):
 # %% ../nbs/10d_sets.ipynb #54a949c1
 def open_set(
     files,  # stf.files.Files
-):  # an ArraySet whose records also have class_name and skeleton; None: none of these sets
-    "Clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError: incomplete, or two."
+):  # an ArraySet whose records also have class_name and skeleton; None for other files
+    "Clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError: two, or a part."
     where = {i: os.path.abspath(w).replace("\\", "/") for i, w in enumerate(files.where)
              if w.lower().endswith((".txt", ".mat"))}  # fmt: skip
     tags = lambda m: {k: v if k == "pair" else int(v) for k, v in m.groupdict().items()}

@@ -85,9 +85,9 @@ def read_header(folder, verify=False) -> dict:
 def _clip_or_error(clips, i):
     "Clip i, or the ClipError of what it raises."
     try:
-        pickle.dumps(clip := clips[i])  # a worker that can't hand it back would never end
+        pickle.dumps(clip := clips[i])  # else a worker that can't send it would hang
         return clip
-    except Exception as e:  # also of a reader of one's own
+    except Exception as e:  # also from your own reader
         return e if isinstance(e, ClipError) else ClipError(f"clip {i}", "", repr(e))
 
 

@@ -157,7 +157,7 @@ def _shoe(s, on):
 
 # %% ../nbs/12_synthetic.ipynb #914ea85c
 def _end(a, b, seconds, apart):
-    "Both wait for the slower one, and a moment; how far apart they stand (metres)."
+    "Both wait for the slower one and `seconds` more; returns `apart` (metres)."
     a.clock = b.clock = max(a.clock, b.clock)
     a.wait(seconds)
     return apart
@@ -236,7 +236,7 @@ def _walk(a, b, distance, apart):
 
 # %% ../nbs/12_synthetic.ipynb #daac2dd4
 class _Action(NamedTuple):
-    "Its NTU name; script(s), or for two script(a, b) -> metres between them (−: back to back)."
+    "NTU's name; script(s), for two people script(a, b) → metres between them (−: back to back)."
 
     name: str
     script: object
@@ -344,7 +344,7 @@ def _in_camera(joints, camera, setup=33, seed=0):
 # %% ../nbs/12_synthetic.ipynb #c6070ec6
 @dataclass(frozen=True)
 class SyntheticConfig:
-    "What to record, by default 20 actions × 12 subjects × 3 cameras. ValueError if it can't be."
+    "What to record, by default 20 actions × 12 subjects × 3 cameras. Else ValueError."
 
     actions: tuple = tuple(ACTIONS)  # NTU action numbers
     subjects: tuple = tuple(range(1, 13))  # half of them train under NTU's cross-subject rule
@@ -482,7 +482,7 @@ _performed = lru_cache(1)(perform)  # one performance, three cameras
 
 
 def record(action, subject, repetition=1, camera=1, config=SyntheticConfig()) -> _Observation:
-    "One clip as a sensor gives it; depends on the clip's own numbers, strengths and seed alone."
+    "One clip as the simulated sensor records it: a function of its numbers and the configuration."
     joints, acting = _performed(action, subject, repetition, config.seed, config.style)
     rng = np.random.default_rng([config.seed, 4, config.setup, camera, subject, repetition, action])
     joints = _in_camera(joints, camera, config.setup, config.seed)

@@ -150,7 +150,7 @@ class Config:
         return cls(**{"name": base, **second, **values, **changes})
 
     def second_stage(self, losses: str) -> "Config":
-        "The training with focus losses from this run's weights, of an STF network if there is one."
+        "The second stage, with focus losses, from this run's weights; STF modules are added."
         tail, stf = f"-stf-{losses or 'ce'}", getattr(network_class(self.model), "with_stf", None)
         return self.replace(
             name=self.name + tail, folder=self.folder and self.folder + tail, losses=losses,
@@ -163,7 +163,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        "From to_json's text, of earlier versions too. ConfigError for what has no meaning now."
+        "From to_json's text, of earlier versions too. ConfigError for settings that are gone."
         values = {**json.loads(text)}
         values.pop("evaluate_every", None)  # which decided nothing
         if "norm" in values and "norm_g" not in values:  # earlier versions had one for all
@@ -339,7 +339,7 @@ class Training:
                           processes=a.num_processes)
 
     def train_epoch(self, stop=(), progress=True):
-        "The steps of the epoch that are left. KeyboardInterrupt, after saving, if stop is filled."
+        "Run the epoch's remaining steps. KeyboardInterrupt, after saving, if `stop` isn't empty."
         c, a, s, epoch = self.config, self.accelerator, self.state, self.state["epoch"]
         self.net.train(not c.train_only)
         step = batch_statistics if c.statistics == "batch" else nullcontext
@@ -524,7 +524,7 @@ def run(config: Config, store=None, progress: bool = True) -> Run:
 
     Called again it returns what is finished, or goes on after its last checkpoint; the processes of
     a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if a
-    process works in it, FloatingPointError with the clips of a NaN; KeyboardInterrupt, all saved.
+    process works in it, FloatingPointError with the clips of a NaN, KeyboardInterrupt after saving.
     """
     c, folder = config, config.run_folder
     finished = (folder / "run.json").exists()

@@ -1,4 +1,5 @@
 """Backbones, STF modules, focus, losses: against the public network, other graphs, each other."""
+import ast
 import copy
 import json
 import math
@@ -31,13 +32,14 @@ FOUR = torch.arange(4)
 each_network = pytest.mark.parametrize("make, sizes", [(STFNet, SMALL), (STGCN, TINY)])
 
 
-def notebook(stem, *starts):
-    "What the cells of a notebook that begin so define: yardsticks that it teaches."
+def notebook(stem, *names):
+    "The functions of a notebook's cells that are named so: yardsticks that it teaches."
     space = dict(vars(stf.backbone), math=math)
     for cell in json.loads((ROOT / "nbs" / f"{stem}.ipynb").read_text())["cells"]:
-        source = "".join(cell["source"])
-        if source.startswith(starts):
-            exec(source, space)
+        if cell["cell_type"] == "code":
+            found = [node for node in ast.parse("".join(cell["source"])).body
+                     if isinstance(node, ast.FunctionDef) and node.name in names]
+            exec(compile(ast.Module(found, []), stem, "exec"), space)
     return space
 
 
@@ -88,7 +90,7 @@ def test_golden_logits():
     if not path.is_file():
         pytest.skip(f"no golden logits at {path}; set STF_REFERENCE to the folder that has them")
     net = MSG3D(60, NTU).double().eval()
-    load_msg3d(net, notebook("01_backbone", "def golden_state")["golden_state"](net))
+    load_msg3d(net, notebook("01_backbone", "golden_state")["golden_state"](net))
     x = torch.tensor(np.random.RandomState(1032).standard_normal((2, 3, 32, 25, 2)))
     golden = torch.tensor(json.loads(path.read_text())["logits"], dtype=torch.float64)
     with torch.no_grad():
@@ -263,7 +265,7 @@ def squared_gradient(f, x, y):
     ("second", DOG, 9, 2, True), ("second", DOG, 9, 2, False)])  # fmt: skip
 def test_gradients_of_the_public_order(checkpointing, loss, skeleton, T, M, training):
     "All parameters, float64: a wrong tap, a lost edge of time, a wrong part of the batch."
-    names = [f"def public_{name}(" for name in ("gcn", "g3d", "bn", "tcn", "order")]
+    names = [f"public_{name}" for name in ("gcn", "g3d", "bn", "tcn", "order")]
     public = notebook("53_speed", *names)["public_order"]
     torch.manual_seed(0)
     net = stirred(MSG3D(3, skeleton, 3, M, **SMALL).double(), 0.1).train(training)
@@ -381,7 +383,7 @@ def test_batch_norms_of_other_settings_are_what_they_are_alone(change, of, train
     for norm in [m for m in tcn.modules() if isinstance(m, torch.nn.BatchNorm2d)][of]:
         vars(norm).update(change)
     alone, x = copy.deepcopy(tcn), torch.randn(3, 6, 7, 4, dtype=torch.float64)
-    one_by_one = notebook("01_backbone", "def one_by_one")["one_by_one"]
+    one_by_one = notebook("01_backbone", "one_by_one")["one_by_one"]
     assert (tcn(x) - one_by_one(alone, x)).abs().max() < 1e-12
     for ours, wanted in zip(tcn.buffers(), alone.buffers()):
         assert (ours.double() - wanted.double()).abs().max() < 1e-12

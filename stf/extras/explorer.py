@@ -188,7 +188,7 @@ class Explanation:
 
 # %% ../../nbs/50_explorer.ipynb #cff1b11e
 def _named_clips(source):
-    "clips (len and [i]), their names and classes (None: unknown); ValueError if there is no clip."
+    "(clips, names, classes) of a source; class None is unknown. ValueError without clips."
     path = isinstance(source, (str, os.PathLike))
     clips = open_input(source) if path else [source] if isinstance(source, Clip) else source
     clips = clips if hasattr(clips, "__len__") and hasattr(clips, "__getitem__") else list(clips)
@@ -299,7 +299,7 @@ class Explorer:
             self.controls["clip"].index = (self.controls["clip"].index + by) % len(options)
 
     def _explain(self, about=None):
-        "Explain the chosen clip, and set what the controls offer; with `about` stay at the frame."
+        "Explain the chosen clip, update the controls' options; with `about`, keep the frame."
         c = self.controls
         try:
             clip = self.clips[c["clip"].value]

@@ -15,7 +15,7 @@ from ..predict import Prediction, Predictor
 
 # %% ../../nbs/52_live.ipynb #58983715
 class Stream:
-    """A sliding window over frames as they come, and predictions of the action in it.
+    """A sliding window over incoming frames that predicts the action in it.
 
     ValueError if window or every is less than 1; for checkpoints the errors of Predictor.
     """
@@ -41,7 +41,7 @@ class Stream:
         joints,  # (M,V,C) or (V,C): bodies in the next frame, M from 0; a person keeps their place
         visible=None,  # (M,V) or (V,) in 0..1; None: 1 for bodies that are not all zero
     ) -> Prediction | None:  # None between predictions, and while nobody is in the window
-        "Take a frame; predict if it is time to. ClipError or MismatchError if it isn't one."
+        "Add a frame; predict after each `every`. ClipError or MismatchError for an invalid frame."
         joints = np.asarray(joints, dtype=np.float32)
         joints = joints[None] if joints.ndim == 2 else joints
         frame, name = None, f"frame {self.count}"  # None: nobody is there

@@ -59,7 +59,7 @@ def _difference(path, net, sizes=((1, 40), (3, 3), (2, 301))):
 # %% ../../nbs/51_onnx.ipynb #65a0e597
 @contextmanager
 def _quiet(logger):
-    "Context without the notices of torch's exporter: missing torchvision, a deprecated LeafSpec."
+    "Context that silences notices of torch's exporter: missing torchvision, a deprecated LeafSpec."
     logger = logging.getLogger(logger)
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -184,7 +184,7 @@ class OnnxNetwork:
             raise ClipError(clip.name, "skeleton", message)
         keys = ("stream", "preprocess", "length", "num_bodies", "bodies", "time")
         options = {k: self.facts[k] for k in keys if k in self.facts}
-        try:  # by the network's skeleton: the clip's may lack a spine
+        try:  # the network's skeleton: the clip's may name no spine
             x = prepare(replace(clip, skeleton=needed), **options).x[None]
         except ValueError as e:
             raise ClipError(clip.name, "preparation", e) from None
