@@ -75,7 +75,7 @@ def _residual(in_channels, out_channels, stride=1):
 
 
 class _Block(nn.Module):
-    "Graph convolution and temporal branches, a residual around each and, but in block 1, around both."
+    "Graph convolution, temporal branches; a residual around the first and, from block 2 on, both."
 
     def __init__(self, in_channels, out_channels, A, stride=1, residual=True):
         super().__init__()
