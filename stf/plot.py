@@ -342,7 +342,7 @@ def draw_focus(
     skeleton: Skeleton,  # its layout
     ax=None,  # axes to draw in; None: a new figure
     fps: float = None,  # frames a second of Q: time on the axis instead of frames
-    title=None, colour_bar="focus",  # above the picture; label of the colour bar, None: no bar
+    title=None, colour_bar="Q",  # above the picture; label of the colour bar, None: no bar
     vmin=None, vmax=None,  # values at the ends of the colour map; None: 0 and the greatest
 ):  # matplotlib Axes; a list of them for a dictionary  # fmt: skip
     "Map of joints × frames (Fig. 1d), body under body. ValueError if it doesn't fit the skeleton."
@@ -372,7 +372,7 @@ def draw_focus_volume(
     visible=None,  # (T,V) or (M,T,V): joints at 0 are left out
     view="front",  # how each skeleton is seen, as in draw_strip
     fps: float = None,  # frames a second: label the frames by their time
-    title=None, colour_bar="focus",  # above the picture; label of the colour bar, None: no bar
+    title=None, colour_bar="Q",  # above the picture; label of the colour bar, None: no bar
 ):  # matplotlib Axes  # fmt: skip
     "Spatio-temporal focus volume (Fig. 1b). ValueError as in draw_strip."
     points, drawn, Q = _bodies(joints, skeleton, visible, Q, view)

@@ -382,7 +382,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 7\n"
     (dict(length=10**12), "length 1000000000000 .* from 1 to 30000"),
     (dict(length="long"), "lacks length"), (dict(classes=[1, 2, 3]), "classes are not names"),
     (dict(preprocess="msg3d"), "no input of 4 channels"),
-    (dict(skeleton={}), "its skeleton is none: .*missing 5"), (dict(widths=3), "make no network"),
+    (dict(skeleton={}), "its skeleton is invalid: .*missing 5"),
+    (dict(widths=3), "make no network"),
     (dict(widths=[6, 6, 12]), "make no network: Error.*size mismatch"),
     *((sizes, "weights are too few for these sizes") for sizes in (  # gigabytes, or hours
         dict(widths=[60_000] * 3), dict(windows=[1001]), dict(gcn_scales=10**9),
