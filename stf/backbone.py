@@ -157,7 +157,7 @@ def _batch_norms(norms, x):
         n.running_mean.copy_(m), n.running_var.copy_(v), n.num_batches_tracked.add_(1)
     return y
 
-
+# %% ../nbs/01_backbone.ipynb #4bc4d077
 def _temporal_conv(in_channels, out_channels, kernel, stride=1, dilation=1):
     "Convolution along time and batch norm, under the public names `conv` and `bn`."
     along_time = (kernel, 1), (stride, 1), (dilation * (kernel - 1) // 2, 0), (dilation, 1)
@@ -245,7 +245,7 @@ def batch_statistics(net: nn.Module):
             mean.lerp_(m.running_mean, momentum), var.lerp_(m.running_var, momentum)
             m.momentum, m.running_mean, m.running_var = momentum, mean, var
 
-
+# %% ../nbs/01_backbone.ipynb #42e79d08
 class SkeletonNetwork(nn.Module):
     """A network (N,C,T,V,M) → (N,classes) with the methods that focus and losses need.
 
@@ -379,7 +379,7 @@ def use_checkpointing(net: nn.Module, on: bool = True) -> nn.Module:
             module.checkpointing = on
     return net
 
-
+# %% ../nbs/01_backbone.ipynb #b27fc5f9
 def fuse(net: nn.Module) -> nn.Module:
     """Copy for inference, batch norm fused into the convolutions before it; not to train or save.
 

@@ -138,7 +138,7 @@ class Files:
     """The regular files of a folder, a zip, a tar (also packed), a folder of these, or one file.
 
     `names`, sorted; `where`: what messages call each; `unread`: archives beside loose recordings,
-    and broken links. ClipError for a place that isn't there, or a damaged archive.
+    broken links, sparse tar members. ClipError for a place that isn't there, a damaged archive.
     """
 
     def __init__(self, path):

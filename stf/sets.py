@@ -105,7 +105,10 @@ def _florence3d(files, members, d):
 def open_set(
     files,  # stf.files.Files
 ):  # an ArraySet whose records also have class_name and skeleton; None for other files
-    "Clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D. ClipError: two, or a part."
+    """Clips of UT-Kinect, SBU, UTD-MHAD, MSR-Action3D or Florence 3D.
+
+    ClipError if a set is incomplete, or two are there.
+    """
     where = {i: os.path.abspath(w).replace("\\", "/") for i, w in enumerate(files.where)
              if w.lower().endswith((".txt", ".mat"))}  # fmt: skip
     tags = lambda m: {k: v if k == "pair" else int(v) for k, v in m.groupdict().items()}

@@ -52,7 +52,7 @@ def _time_cells(
     overlap = (stop - start).clamp(min=0)
     return overlap / overlap.sum(1, keepdim=True)
 
-
+# %% ../nbs/02_stf_module.ipynb #8947a080
 class Alpha(nn.Module):
     "α: two convolutions from a map (B,T,V) to G (B,K,V,V), zero at the start (Fig. 2d)."
 

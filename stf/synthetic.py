@@ -344,7 +344,7 @@ def _in_camera(joints, camera, setup=33, seed=0):
 # %% ../nbs/12_synthetic.ipynb #c6070ec6
 @dataclass(frozen=True)
 class SyntheticConfig:
-    "What to record, by default 20 actions × 12 subjects × 3 cameras. Else ValueError."
+    "What to record, by default 20 actions × 12 subjects × 3 cameras. ValueError if invalid."
 
     actions: tuple = tuple(ACTIONS)  # NTU action numbers
     subjects: tuple = tuple(range(1, 13))  # half of them train under NTU's cross-subject rule

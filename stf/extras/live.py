@@ -41,7 +41,7 @@ class Stream:
         joints,  # (M,V,C) or (V,C): bodies in the next frame, M from 0; a person keeps their place
         visible=None,  # (M,V) or (V,) in 0..1; None: 1 for bodies that are not all zero
     ) -> Prediction | None:  # None between predictions, and while nobody is in the window
-        "Add a frame; predict after each `every`. ClipError or MismatchError for an invalid frame."
+        "Add a frame; every `every`-th predicts. ClipError or MismatchError for an invalid frame."
         joints = np.asarray(joints, dtype=np.float32)
         joints = joints[None] if joints.ndim == 2 else joints
         frame, name = None, f"frame {self.count}"  # None: nobody is there
