@@ -676,13 +676,14 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
     "mean of Q": [
         ("STF-CE", "CE"), ("Le", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random"),
         *((row, "STF-CE") for row in ("M2", "M2-guide", "Ld", "Ld-logit", "Ld-overlap",
-                                      "Ld-overlap-logit"))],
+                                      "Ld-overlap-logit")), ("M3", "M2")],
     "probability, Q hidden": [("Le", "STF-CE"), ("Le", "Le-random"), ("Le-1", "STF-CE"),
                               ("Le-1", "Le-1-random")],
     "probability, as much hidden at random": [
         ("Le", "STF-CE"), ("Le-random", "STF-CE"), ("Le-1", "STF-CE"), ("Le-1", "Le-1-random")],
-    "overlap (probability)": [("Ld", "STF-CE"), ("Ld-overlap", "STF-CE")],
-    "overlap (logit)": [(row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap-logit")],
+    "overlap (probability)": [("Ld", "STF-CE"), ("Ld-overlap", "STF-CE"), ("M3", "M2")],
+    "overlap (logit)": [*((row, "STF-CE") for row in ("Ld", "Ld-logit", "Ld-overlap-logit")),
+                        ("M3", "M2")],
     "modules 5, 6 agree": [
         (row, "STF-CE") for row in ("M2", "M2-guide", "M4", "M4-frobenius")],
     "β follows Q": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"), ("M4", "STF-CE")],
