@@ -357,6 +357,7 @@ class Clips:
         self.places, self.mode, self.errors = where, mode, []
         self.about = {"joints": "", "bodies": 0, "classes": 0, "lost": 0, "unread": [], "notes": []}
         self.about |= about
+        self.counted = "bodies" in about  # else by the clips that were read
 
     def where(self, i: int) -> str:
         "What an error message calls clip i."
@@ -388,12 +389,13 @@ class Clips:
 
     @property
     def summary(self) -> str:
-        "What the input was taken for, in one line, as far as its first clip tells."
+        "What the input was taken for, in one line, by the clips that were read so far."
         with suppress(ClipError):
             self.about["joints"] or self[0]
         joints, bodies, classes, lost, unread, notes = self.about.values()
         parts = [f"{len(self):,} clip" + "s" * (len(self) != 1), joints,
-                 bodies and f"up to {bodies} {'body' if bodies == 1 else 'bodies'}",
+                 bodies and f"up to {bodies} {'body' if bodies == 1 else 'bodies'}"
+                 + " so far" * (not self.counted),
                  classes and f"{classes:,} class" + "es" * (classes > 1),
                  lost and f"{lost:,} more without a skeleton",
                  unread and f"not read: {', '.join(unread[:4])}" + " …" * (len(unread) > 4), *notes]

@@ -302,7 +302,7 @@ def draw_adjacency(
     if A.shape != (V, V):
         raise ValueError(f"matrix must be ({V},{V}) for {skeleton.name}; got shape {A.shape}")
     norm = _scale(A, vmin, vmax)
-    ax = ax or _new_axes(1.8 + 0.15 * V, 1.4 + 0.15 * V)
+    ax = ax or _new_axes(max(1.8 + 0.15 * V, 3.2), max(1.4 + 0.15 * V, 2.4))
     order = _name_axis(ax, skeleton)
     _name_axis(ax, skeleton, columns=True)
     cmap = _SIGNED_CMAP if norm.vmin < 0 else "Reds"
@@ -515,8 +515,9 @@ def draw_history(
     splits = table["curve"].map(splits).fillna("training")
     table = table.assign(panel=table["curve"].map(_CURVES), clips=splits)
     several = lambda column: column if table[column].nunique() > 1 else None
+    n = table["panel"].nunique()
     grid = sns.relplot(table, x="epoch", y="value", col="panel", hue=several("run"),
-                       style=several("clips"), col_wrap=min(4, table["panel"].nunique()),
+                       style=several("clips"), col_wrap=n if n < 5 else min(4, -(-n // 2)),
                        kind="line", errorbar=None, height=2, aspect=1.05,
                        marker="." if table["epoch"].nunique() == 1 else None,
                        facet_kws={"sharey": False})  # fmt: skip

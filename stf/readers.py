@@ -114,8 +114,9 @@ class Clip:
             "name another by skeleton=…",
             self.scored and "the third coordinate, 0..1 beside hundreds, is taken as a score: for "
             "a depth say axes=xyz",
-            there.mean() < 0.5 and "nobody is there in most frames: the nearest ones fill them",
-            len(there) == 1 and "there is one frame only (OpenPose's of a film are put together, "
+            there.mean() < 0.5 and "most frames are empty (the paper preparation fills them "
+            "with the nearest)",
+            len(there) == 1 and "there is one frame only (OpenPose's of a video are put together, "
             "which end in …_000000000000_keypoints.json)",
             C == 3 and x.min() >= 0 and x.max() <= 1 and "the third coordinate lies in 0..1, as "
             "the others: if it is a score, say axes=xys"]  # fmt: skip

@@ -94,7 +94,7 @@ def _throw(s):
     s.move(0.24, hand=ahead, other_hand=_REST, twist=-0.5 * a, bend=0.35 * a, weight=0.25)
     s.move(0.25, hand=chest(-0.45, -0.7, 0.35)).home(0.5).wait(0.2)
 
-# %% ../nbs/12_synthetic.ipynb #ea373364
+
 def _wave(s):
     high = 0.40 + s.vary(0.18)
     spot = lambda out: (0.40 + out, high - abs(out) * 0.25, 0.25)
