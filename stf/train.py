@@ -385,7 +385,8 @@ class Training:
             raise FloatingPointError(
                 f"epoch {s['epoch'] + 1}, step {s['step'] + 1}: not finite ({found}, gradient norm "
                 f"{norm:.4g}). The last checkpoint, if any, is kept; lower lr, or look for a "
-                f"damaged clip. Clips of this step: {', '.join(str(self.store.names[i]) for i in clips)}")
+                "damaged clip. Clips of this step: "
+                + ", ".join(str(self.store.names[i]) for i in clips))
         for k, v in zip(["clips", *terms], [len(clips), *values]):
             s["sums"][k] = s["sums"].get(k, 0.0) + v
         s["step"] += 1
