@@ -102,7 +102,7 @@ def draw_sheet(
     first[np.unique(np.asarray(store.labels)[order], return_index=True)[1]] = True
     chosen = order[np.argsort(~first, kind="stable")][:clips].tolist()
     rows = (len(chosen) + 1) // 2
-    figure = Figure(figsize=(12, 2.4 * rows), layout="constrained")
+    figure = Figure(figsize=(10, 2.1 * rows), layout="constrained")
     axes = figure.subplots(rows, 2, squeeze=False).ravel()
     for ax in axes[len(chosen) :]:
         ax.axis("off")
@@ -289,6 +289,7 @@ def ablation(
     records = e.load_records(results, experiment="ablation", name=config.name)
     gains = e.gains(records, e.CONTRASTS).query("seeds > 0")
     _print(gains, "gains in points, with their 95 % interval")
+    _print(e.table5(records), "Table 5, with the paper's numbers (NTU 60, x-sub, joints)")
 
 
 def scarce(

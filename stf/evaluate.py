@@ -46,7 +46,7 @@ def write_file(
     except OSError as e:
         aside.unlink(missing_ok=True)
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = "make room, then start again; what was there before is whole"
+            advice = "make room, then start again; the previous file is kept"
             raise OSError(e.errno, f"no room left on the disk of {path.parent}: {advice}") from e
         raise
     return path

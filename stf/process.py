@@ -81,7 +81,7 @@ def stop_signals(once: bool = True):
         for s, handler in before.items():
             signal.signal(s, handler)
     if received:
-        raise KeyboardInterrupt("stopped when what was begun had been finished and saved")
+        raise KeyboardInterrupt("stopped after the current step; everything is saved")
 
 # %% ../nbs/21b_process.ipynb #d6abe35d
 @contextmanager
@@ -93,9 +93,9 @@ def memory_advice(what: str):
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not known and not re.search("CUDA.*out of memory|can't allocate memory", str(e)):
             raise
-        raise MemoryError(f"out of memory with {what}. Any checkpoint is whole: go on with a "
-                          "larger accumulate, with bf16 or checkpointing, or begin anew with a "
-                          "smaller batch_size") from e
+        raise MemoryError(f"out of memory with {what}. The last checkpoint, if any, is kept: go on "
+                          "with a larger accumulate, with bf16 or checkpointing, or begin anew "
+                          "with a smaller batch_size") from e
 
 # %% ../nbs/21b_process.ipynb #2c70e1a3
 @contextmanager

@@ -384,8 +384,9 @@ class Training:
             found = ", ".join(f"{k} {v / len(clips):.4g}" for k, v in zip(terms, values))
             raise FloatingPointError(
                 f"epoch {s['epoch'] + 1}, step {s['step'] + 1}: not finite ({found}, gradient norm "
-                f"{norm:.4g}). The last checkpoint is whole; lower lr, or look for a damaged clip. "
-                f"Clips of this step: {', '.join(str(self.store.names[i]) for i in clips)}")
+                f"{norm:.4g}). The last checkpoint, if any, is kept; lower lr, or look for a "
+                "damaged clip. Clips of this step: "
+                + ", ".join(str(self.store.names[i]) for i in clips))
         for k, v in zip(["clips", *terms], [len(clips), *values]):
             s["sums"][k] = s["sums"].get(k, 0.0) + v
         s["step"] += 1

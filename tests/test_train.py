@@ -593,7 +593,7 @@ def test_each_epoch_has_its_own_order_and_variants(tmp_path, interruptible, stop
 
 def test_a_signal_while_the_test_clips_are_scored_is_not_lost(tmp_path, interruptible):
     config = tiny(tmp_path / "r", epochs=1)
-    with pytest.raises(KeyboardInterrupt, match="finished and saved"):
+    with pytest.raises(KeyboardInterrupt, match="everything is saved"):
         run_stf(config, pressing(4), progress=False)
     assert Run.load(config.run_folder) and not config.second_stage("dcg").run_folder.exists()
 

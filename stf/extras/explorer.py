@@ -69,7 +69,7 @@ class Explanation:
     G (bodies,K,V,V); both empty without STF modules; `static`, A_1 … A_K (K,V,V), normalised.
     `bodies`: those that are part of the input; of the others β and G are 0.
 
-    MismatchError for a clip that is not for these networks, ValueError for an unknown class.
+    MismatchError for a clip that doesn't fit the networks, ValueError for an unknown class.
     """
 
     @torch.inference_mode()
@@ -115,8 +115,9 @@ class Explanation:
         ):  # fmt: skip
             if value not in range(low, high + 1):
                 raise ValueError(f"{what} must be from {low} to {high}, got {value!r}")
-        figure = Figure(figsize=(12.4, 7.2), dpi=100)
-        left, right = figure.subfigures(1, 2, width_ratios=(0.39, 0.61))
+        right = 7.6 if self.dynamic else 3.2  # inches
+        figure = Figure(figsize=(4.8 + right, 7.2), dpi=100)
+        left, right = figure.subfigures(1, 2, width_ratios=(4.8, right))
         self.draw_frame(left, frame, body, module, k, azimuth, elevation, links)
         self.draw_network(right, body, module, k, frame)
         return figure
@@ -156,20 +157,24 @@ class Explanation:
     def draw_network(self, figure, body, module, k, frame=None):
         "The right half: probabilities, the β of each module, A_k and G_k; a line at a frame."
         p, skeleton = self.prediction, self.clip.skeleton
-        ax = figure.add_axes((0.02, 0.55, 0.32, 0.36))
+        ax = figure.add_axes((0.02, 0.55, 0.32 if self.dynamic else 0.92, 0.36))
         for row, (name, share) in enumerate(p.top(5)):
             ax.barh(row, share, color=COLOURS["green" if name == p.label else "blue"], alpha=0.4)
             ax.text(0.02, row, f"{100 * share:.1f} %  {name}", va="center", fontsize=8)
         ax.set(xlim=(0, 1), ylim=(4.6, -0.6), title="probabilities (green: the label)")
         ax.axis("off")
         if not self.dynamic:
-            figure.text(0.6, 0.5, "no β and no $G_k$: a network without STF modules", ha="center")
+            figure.text(0.02, 0.44, "no β and no $G_k$: a network without STF modules", fontsize=8)
             return
+        shown = np.stack(self.beta)[:, body][:, self.clip.present[body]]
+        low = shown.min(initial=1)  # one scale for all six
+        high = max(shown.max(initial=0), low + 0.01)
+        figure.text(0.69, 0.96, rf"$\beta$, {low:.2f} … {high:.2f}", fontsize=9, ha="center")
         for i, beta in enumerate(self.beta):
             ax = figure.add_axes((0.4 + 0.2 * (i % 3), 0.76 - 0.235 * (i // 3), 0.18, 0.15))
-            draw_focus(beta[body], skeleton, ax, vmin=0, vmax=1, colour_bar=None)
+            draw_focus(beta[body], skeleton, ax, vmin=low, vmax=high, colour_bar=None)
             colour = COLOURS["vermillion"] if i + 1 == module else "black"
-            ax.set_title(rf"$\beta$ {_MODULES[i]}", fontsize=8, color=colour)
+            ax.set_title(_MODULES[i], fontsize=8, color=colour)
             ax.set(yticks=[], xlabel="")
             if frame is not None:
                 ax.axvline(frame + 0.5, color=COLOURS["blue"])

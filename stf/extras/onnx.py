@@ -189,7 +189,7 @@ class OnnxNetwork:
         except ValueError as e:
             raise ClipError(clip.name, "preparation", e) from None
         if x.shape[1] != self.facts["in_channels"]:
-            raise ClipError(clip.name, "", f"joints of {C} coordinates are not for this network")
+            raise ClipError(clip.name, "", f"joints of {C} coordinates don't fit this network")
         return x
 
     def predict(self, clip: Clip) -> dict:
