@@ -185,7 +185,9 @@ class MultiScaleTemporalConv(nn.Module):
         self.stride, self.last_relu = stride, last_relu
 
     def forward(self, x):
-        strided = x[:, :, :: self.stride]  # for the 1×1 convolutions: see above
+        # 1×1 convolutions get strided input and have no stride of their own: with one, the
+        # backward pass of oneDNN (torch 2.13, CPU) writes past its memory on some processors
+        strided = x[:, :, :: self.stride]
         y = self.side_by_side(x, strided)
         y += self.residual(strided)
         return F.relu(y, inplace=True) if self.last_relu else y

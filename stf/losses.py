@@ -216,7 +216,7 @@ def loss_ranges(objective: STFLoss, x, y) -> dict:
     "term → (λ·L, norm of its gradient over all weights), on one batch x (N,C,T,V,M), y (N,)."
     terms, weights = objective(x, y), [p for p in objective.parameters() if p.requires_grad]
     ranges = {}
-    for name in terms.keys() - {"loss", "logits"}:
+    for name in [k for k in terms if k not in ("loss", "logits")]:
         value = terms[name] * getattr(objective.weights, name, 1.0)
         grads = torch.autograd.grad(value, weights, retain_graph=True, allow_unused=True)
         size = torch.stack([g.norm() for g in grads if g is not None]).norm()

@@ -41,7 +41,7 @@ def expect_fail(
     error=Exception,  # the exception class that must be raised
     contains: str = "",  # text that its message must contain
 ):
-    "Pass if the block raises `error` with `contains` in its message, whose first line is printed."
+    "Pass only if the block raises `error` with `contains` in its message; prints its first line."
     try:
         yield
     except error as e:

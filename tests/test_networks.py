@@ -306,6 +306,34 @@ def test_checkpointing_changes_no_number(net, training):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11 * (1 + float(a.abs().max())))
 
 
+def test_checkpointing_keeps_less():
+    net, x, found = MSG3D(60, NTU), torch.randn(1, 3, 20, 25, 2), {}
+    parameters = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    for on in (False, True):
+        seen = {}  # distinct memory kept for the backward pass
+        pack = lambda t: seen.setdefault(t.untyped_storage().data_ptr(), t) is None or t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            use_checkpointing(net, on)(x)
+        found[on] = sum(t.untyped_storage().nbytes() for k, t in seen.items()
+                        if k not in parameters)  # fmt: skip
+    assert found[True] < 0.7 * found[False]
+
+
+def test_a_joint_that_training_never_saw_hidden(net):
+    "The visibility goes around data_bn: its variance was zero, and the features would explode."
+    x, y, net.data_bn.momentum = clips(net, 12), torch.arange(12) % 6, 1.0
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    for _ in range(10):
+        optimizer.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        optimizer.step()
+    hidden = x.clone()
+    hidden[:, :, :, NTU.index("left hand")] = 0
+    with torch.no_grad():
+        seen, unseen = (net.eval().features(clip).last.abs().max() for clip in (x, hidden))
+    assert unseen < 5 * seen
+
+
 def test_weights_in_another_memory_layout_are_the_same(net):
     x, other = clips(net.eval()), copy.deepcopy(net)
     turn = lambda v: v.transpose(0, 1).contiguous().transpose(0, 1) if v.ndim > 1 else v
