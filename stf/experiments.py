@@ -478,7 +478,7 @@ def streams(config, seeds=(0,), rows=("M1", "M5"), results="data/results", store
     return _records(jobs, {config.data: store}, progress)
 
 # %% ../nbs/30_experiments.ipynb #d35c5373
-_METHODS = {"M1": "baseline", "M5": "STF"}
+_METHODS = {"M1": "Baseline", "M5": "STF"}
 _STREAMS = {"joint": "J", "bone": "B", "joint-motion": "JM", "bone-motion": "BM"}
 _SETS = {("ntu60", "xsub"): "NTU60 x-sub", ("ntu60", "xview"): "NTU60 x-view",
          ("ntu120", "xsub"): "NTU120 x-sub", ("ntu120", "xset"): "NTU120 x-set",
@@ -519,8 +519,8 @@ def table2(records: list) -> pd.DataFrame:
 
 def table3(records: list) -> pd.DataFrame:
     "Table 3: the gain of STF by stream (points): the paper's on Kinetics, and ours."
-    top1 = _top1(records).unstack("method").reindex(columns=["baseline", "STF"])
-    gain = (top1["STF"] - top1["baseline"]).dropna().unstack("setting")
+    top1 = _top1(records).unstack("method").reindex(columns=["Baseline", "STF"])
+    gain = (top1["STF"] - top1["Baseline"]).dropna().unstack("setting")
     gain.index = [f"STF over baseline ({recipe})" for recipe in gain.index]
     return _below(paper_table("table3").astype(float), gain)
 
@@ -578,7 +578,7 @@ def shift(config, to, to_protocol="", seeds=(0,), rows=("M1", "M5"), results="da
 
 def shift_table(records: list) -> pd.DataFrame:
     "Data shift: the paper's numbers (NTU 60 x-sub to NTU 120 x-sub, joints), then ours."
-    paper = paper_table("shift").astype(float).rename(index={"MS-G3D (code)": "baseline"})
+    paper = paper_table("shift").astype(float).rename(index={"MS-G3D (code)": "Baseline"})
     lines = [(_METHODS[r["row"]], "{source} → {dataset} {protocol}, {name}".format(**r), r["top1"])
              for r in records if r["row"] in _METHODS]
     ours = pd.DataFrame(lines, columns=["row", "pair", "top1"]).groupby(["row", "pair"])["top1"]
@@ -606,7 +606,7 @@ def operations(config: Config, skeleton=None, num_classes: int = 60) -> pd.DataF
     "Parameters (M), multiply-adds a clip (G), and how many more (%) STF has; default: NTU's body."
     skeleton, rows = skeleton or SKELETONS["ntu25"], {}
     channels = 4 if config.preprocess == "paper" and skeleton.name != "openpose18" else 3
-    for title, row in (("baseline", "M1"), ("STF", "M4")):
+    for title, row in (("Baseline", "M1"), ("STF", "M4")):
         kind = network_class(ROWS[row].configs(config, 0)[-1].model)
         sizes = {k: getattr(config, k) for k in kind.hparams if hasattr(config, k)}
         sizes |= dict(num_classes=num_classes, skeleton=skeleton, in_channels=channels)

@@ -188,7 +188,7 @@ def test_every_table_on_a_set_given_as_a_folder(tmp_path, monkeypatch, capsys):
         cli.call([*words.split(), *sizes])  # all recorded: nothing changes
         assert content() == first
     said = capsys.readouterr().out
-    for piece in ("the baseline trained on as long", "baseline (ours, ucla-small-mine)",
+    for piece in ("the baseline trained on as long", "Baseline (ours, ucla-small-mine)",
                   "mine → other xsub", "mine xsub J+B"):
         assert piece in said
     records = load_records("out")

@@ -432,10 +432,10 @@ def test_our_records_fall_in_the_papers_columns():
                fake("M1", 0, "mine", "xset", name="ucla-small-mine")]
     table = table2([*records, records[0]])  # a record that occurs twice counts once
     assert table.shape == (23, 16) and list(table)[:15] == list(paper_table("table2"))
-    assert table.loc["baseline (ours)", "NTU60 x-sub J"] == 81
+    assert table.loc["Baseline (ours)", "NTU60 x-sub J"] == 81
     assert table.loc["STF (ours)"].dropna().to_dict() == {
         "NTU60 x-sub J": 84, "NTU60 x-sub B": 84, "Kinetics J+B": 40}
-    assert table.loc["baseline (ours, ucla-small-mine)", "mine xset J"] == 50
+    assert table.loc["Baseline (ours, ucla-small-mine)", "mine xset J"] == 50
     assert table3(records).loc["STF over baseline (ours)", "NTU60 x-sub J"] == 3
     assert table2([]).shape == (20, 15) and table3([]).shape == (2, 3)
 
@@ -443,7 +443,7 @@ def test_our_records_fall_in_the_papers_columns():
 def test_table4_and_shift_leave_blank_what_was_not_run():
     records = [fake("M1", s, share=0.1, of="x", top1=t) for s, t in ((0, 60.0), (1, 62.0))]
     table = table4([*records, fake("M5", share=0.3, of="x")])
-    assert table.loc["baseline (ours, x)", "10"] == 61 and table.loc["STF (ours, x)", "30"] == 50
+    assert table.loc["Baseline (ours, x)", "10"] == 61 and table.loc["STF (ours, x)", "30"] == 50
     assert np.isnan(table.loc["STF (ours, x)", "10"]) and table.loc["STF", "25"] == 84.27
     assert table4([], "scarce_kinetics").loc["STF", "B"] == 26.3
     assert shift_table([]).loc["STF"].tolist() == [83.38]
