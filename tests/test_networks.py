@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import stf.backbone
 from stf.backbone import (MSG3D, MultiScaleTemporalConv, batch_statistics, frozen_norms, load_msg3d,
                           use_checkpointing)  # fmt: skip
+from stf.ctrgcn import CTRGCN
 from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.skeleton import SKELETONS, Skeleton
@@ -392,7 +393,7 @@ def test_compiled_gradient_of_each_term(backend, dtype, T, checkpointing, model)
                 assert (g - wanted.get(name, 0)).abs().max() <= 1e-4 * size, (term, name)
 
 
-@pytest.mark.parametrize("make", [MSG3D, STGCN])
+@pytest.mark.parametrize("make", [MSG3D, STGCN, CTRGCN])
 def test_no_1x1_convolution_has_a_stride(make):
     "Its backward pass once wrote past its memory (oneDNN, AVX-512, few channels, an odd batch)."
     small = [m for m in make(3, DOG).modules() if getattr(m, "kernel_size", 0) == (1, 1)]
