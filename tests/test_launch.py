@@ -97,3 +97,19 @@ def test_torchrun_on_two_machines(start, tmp_path):
     command = line(r"torchrun --nnodes 2 .*").replace("host1:29500", f"127.0.0.1:{port}")
     command = re.sub(r"per-node \d+", "per-node 1", command) + " " + SHORT
     check(tmp_path, start(command), start(command))
+
+
+@pytest.mark.slow
+def test_the_measurements_of_a_gpu_in_small(tmp_path):
+    "On a lent card minutes are few: a part must write each figure at once, and skip it next time."
+    command = [sys.executable, ROOT / ".ci/gpu", "card", "inference", "full", "--rehearse",
+               "--results", tmp_path / "gpu"]  # fmt: skip
+    ask = lambda: subprocess.run(command, check=True, capture_output=True, text=True,
+                                 env={**os.environ, "TMPDIR": str(tmp_path)})
+    told = ask()
+    held = {p.stem: json.loads(p.read_text())["figures"] for p in (tmp_path / "gpu").iterdir()}
+    assert {k: len(v) for k, v in held.items()} == {"card": 4, "inference": 6, "full": 4}, told
+    assert "nothing is lost" in held["full"]["M1, stopped"]["stopped"]
+    assert len(held["full"]["M1, resumed"]["history"]) == 2
+    assert all(0 <= f["waiting"] < 1 for f in held["full"].values())
+    assert "Traceback" not in told.stderr and ask().stdout == ""

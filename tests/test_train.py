@@ -955,9 +955,11 @@ def test_the_second_stage_starts_from_public_weights(tmp_path, public):
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
-def test_cuda_training_stops_and_goes_on(tmp_path, precision, clips, interruptible, monkeypatch):
-    options = dict(device="cuda", precision=precision, model="stf", protocol="mine", accumulate=2)
+@pytest.mark.parametrize("of", [
+    dict(), dict(precision="bf16"), dict(precision="fp16"),
+    dict(precision="bf16", compile=True, checkpointing=True)], ids=str)
+def test_cuda_training_stops_and_goes_on(tmp_path, of, clips, interruptible, monkeypatch):
+    options = dict(device="cuda", model="stf", protocol="mine", accumulate=2, **of)
     whole = go(tmp_path / "w", clips, **options)
     assert np.isfinite(whole.history["loss"]).all()
     assert whole.record["environment"]["device"] != "cpu"
