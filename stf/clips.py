@@ -61,7 +61,7 @@ def _tell_folders(paths):
     "[(split, class)] by the recordings' folders (kinetics_train/, test/, walk/), and notes."
     splits = {}
     for i, path in enumerate(paths):
-        for side in [*filter(None, map(_SIDE.fullmatch, path))][:1]:
+        for side in [*filter(None, map(_SIDE.fullmatch, [*path[1:], path[0]]))][:1]:
             split = "kinetics" if side[1] else "official"
             splits.setdefault((split, side[2].lower()), []).append(i)
     sides, notes = check_split(splits, {i: i for i in range(len(paths))})
@@ -113,7 +113,8 @@ def _told(read, rows, k):
     clip, (split, tags) = read(i), more or ({}, {})
     agree = more or clip.label in (None, label)
     expect(agree, f"is {clip.label}, but {label} in the label list", "label_index")
-    clip.label, clip.class_name = clip.label if label is None else label, words or clip.class_name
+    kept = clip.class_name if label in (None, clip.label) else None  # else it names another class
+    clip.label, clip.class_name = clip.label if label is None else label, words or kept
     clip.split, clip.tags = clip.split | split, clip.tags | tags
     return clip
 
@@ -129,9 +130,8 @@ def _turned(read, axes, i):
         seen = as_scores(x[..., -1], "scores")
     order = [axes.lower().index(axis) for axis in "xyz"[: len(axes.strip("s"))]]
     x = x[..., order] * np.float32([-1 if axes[k].isupper() else 1 for k in order])
-    made = replace(clip, joints=x, visible=x.any(3) if seen is None else seen)
-    made.guessed = clip.guessed
-    return made
+    layout = None if clip.guessed else clip.skeleton  # guessed again, by as many coordinates
+    return replace(clip, joints=x, visible=x.any(3) if seen is None else seen, skeleton=layout)
 
 
 # %% ../nbs/11_clips.ipynb #8b776680

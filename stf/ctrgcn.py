@@ -34,7 +34,7 @@ class TopologyRefinement(nn.Module):
 
     def topology(self, x, G=None):
         "Rᵀ (B,K,O,V,V) of each channel: row j gives to column i."
-        B, (K, V, _), xi = len(x), self.A.shape, self.expand
+        B, (K, V, _), xi = x.shape[0], self.A.shape, self.expand
         psi, phi = self.relation(x.mean(2, keepdim=True)).reshape(B, 2, K, -1, V).unbind(1)
         relations = torch.tanh(psi.unsqueeze(3) - phi.unsqueeze(4)).flatten(3)  # (B,K,R,V²)
         A = (self.A if G is None else self.A + G).mT.flatten(-2).unsqueeze(-2).expand(B, K, 1, -1)

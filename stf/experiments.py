@@ -9,6 +9,7 @@ __all__ = ['ROWS', 'TABLE5', 'CONTRASTS', 'PRIMARY', 'FOCUS_CLAIMS', 'READINGS',
            'operations', 'focus_records', 'focus_gains', 'dose_curve', 'range_records', 'demo']
 
 # %% ../nbs/30_experiments.ipynb #0d89ea1b
+import copy
 import json
 import os
 import re
@@ -738,7 +739,9 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
             if epoch in epochs:
-                found = focus_measures(t.net.eval(), store, t.test, options, known=known).mean()
+                vars(t.net).pop("features", None)  # measured on the CPU, not compiled
+                net = copy.deepcopy(t.net).cpu().eval()
+                found = focus_measures(net, store, t.test, options, known=known).mean()
                 reached = {"dose": dose(c, len(t.train), epoch), **trained}
                 curve.append(reached | found.dropna().to_dict())
             if epoch < max(epochs):
@@ -747,7 +750,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
                 t.state.update(epoch=epoch + 1, step=0, sums={})
         if c.loss_weights.g:
             seen, unseen = (store.batch(part, **t.input)[0] for part in (t.train, t.test))
-            more = {"ceiling": beta_ceiling(t.net.eval(), seen, unseen)}
+            more = {"ceiling": beta_ceiling(net, seen, unseen)}
     write_file(path, {"format": 1, "experiment": "dose", "name": c.name, "row": label,
                       "seed": c.seed, "stream": c.stream, "curve": curve, **more,
                       "environment": where, "config": json.loads(c.to_json())})
@@ -787,14 +790,14 @@ def range_records(config: Config, results="data/results", store=None) -> list:
         for reading, (term, changes) in {} if record else READINGS.items():
             row = "M1" if point.startswith("first") else "Le" if term == "e" else "M4"
             c = of[row]
-            if c.model == "msg3d" and term == "g":
+            if term == "g" and not getattr(network_class(c.model), "has_beta", False):
                 continue
             with one_accelerator(c.device, folder=c.run_folder) as a:
                 t = Training(c.replace(losses=term, **changes), store, a)
                 where, objective = environment(a.device), t.loss
             if ended:
                 objective.net.load_state_dict(nets[row].state_dict())
-            x, y = t.store.batch(t.train[::11][:32], **t.input)
+            x, y = t.store.batch(t.train[::11][:32], **t.input | {"device": a.device})
             ranges[reading] = loss_ranges(objective.train(), x, y)
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,

@@ -12,6 +12,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 
+from .backbone import MSG3D
 from .checkpoints import build_network
 from .evaluate import paired_interval
 from .focus import (focus_agreement, focus_coverage, focus_overlap, grad_cam,
@@ -67,7 +68,7 @@ def occlusion_curve(
 def _motion_map(
     x: torch.Tensor,  # (N,C,T,V,M)
 ) -> torch.Tensor:  # (N,M,T,V)
-    "Speed of each joint: distance to its place in the next frame, in at most three coordinates."
+    "Speed of each joint: distance to its place in the next frame, by the first three channels."
     step = torch.linalg.vector_norm(x[:, :3, 1:] - x[:, :3, :-1], dim=1)
     return torch.cat([step, step[:, -1:]], 1).permute(0, 3, 1, 2)
 
@@ -165,7 +166,9 @@ def randomisation_check(
     score: str = "probability",  # of the focus, or "logit"
     seeds=(0, 1),  # of the fresh weights
 ) -> pd.DataFrame:  # index: fresh parts; columns: correlation with the trained focus, with motion
-    "How much of the focus is left in a network re-initialised from the head downwards; means."
+    "How much of the focus is left in an MS-G3D re-initialised from the head downwards; means."
+    if not isinstance(net, MSG3D):
+        raise ValueError(f"its stages are parts of MS-G3D, not of {type(net).__name__}")
     f = net.features(x)
     classes, parts, rows = net.head(f.last).argmax(1), (), {}
     trained = grad_cam(f, net.head, classes, score)
@@ -237,12 +240,12 @@ def beta_ceiling(
     unseen: torch.Tensor,  # (N',C,T,V,M)
     steps: int = 400,
     seed: int = 0,
-) -> list:  # three correlations
+) -> list:  # a correlation for each block
     "What β can reach in each block: its correlation with unseen Q when β alone is trained."
     def inputs(x):
         "What enters the β of each block, (N·M,C,T,V); Q of the predicted class; present bodies."
         held = [m.beta.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
-                for m in net.stf[::2]]
+                for m in net.stf[:: len(net.stf) // net.depth]]  # those of a block have one input
         entered = []
         with torch.no_grad():
             f = net.features(x)

@@ -322,6 +322,8 @@ def read_labels(path) -> dict:
         head, rows = (["name", "class", "split"], rows) if bare else (head, rows[1:])
         known = "name" in head and {"class", "label"} & {*head}
         expect(known, f"must have a column 'name', and 'class' or 'label'; has {', '.join(head)}")
+        for column in {"clip", "empty", "listed", "preprocessed"} & {*head}:
+            expect(False, f"column {column!r} is a name that stf uses itself: call it otherwise")
         classes = sorted({dict(zip(head, row)).get("class", "") for _, row in rows} - {""})
         if classes and all(re.fullmatch(r"-?\d+", words) for words in classes):
             head[head.index("class")] = "label"

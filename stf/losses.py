@@ -204,12 +204,9 @@ class STFLoss(nn.Module):
 
     def module_foci(self, f, classes):
         "Differentiable foci (N,M,T',V) of the two maps that L_c compares, the lower one first."
-        if self.names == _COHERENCE["pathways"]:
-            both = module_focus(self.net, f, classes, self.names, self.score, differentiable=True)
-            return tuple(both.values())
-        one = lambda name: module_focus(self.net, f, classes, (name,), self.score, True)[name]
-        last = lambda: grad_cam(f, self.net.head, classes, self.score)
-        return tuple(last() if name == "block3" else one(name) for name in self.names)
+        both = [self.names] if self.names == _COHERENCE["pathways"] else [(n,) for n in self.names]
+        foci = (module_focus(self.net, f, classes, names, self.score, True) for names in both)
+        return tuple(q for found in foci for q in found.values())
 
 # %% ../nbs/04_losses.ipynb #b712e2af
 def loss_ranges(objective: STFLoss, x, y) -> dict:

@@ -132,6 +132,7 @@ def _people(node, t=None, depth=0):
 def _person(points, more, place):
     "(points (V,C), scores (V,)) of one person."
     key, own = more["key"], more.get("keypoint_scores")
+    expect(own is None or isinstance(own, list), "must be a list", f"{place}, keypoint_scores")
     marks = "andmarks" in key or isinstance(points[0], dict)  # x, y, z, and a score or none
     if isinstance(points[0], dict):
         points = [[p.get("x"), p.get("y"), p.get("z", 0), p.get("visibility", p.get("score", 1))]
@@ -163,8 +164,10 @@ def pose_people(
     expect(found, "no body in any frame, in the form of OpenPose, AlphaPose, COCO, mmpose or "
            "MediaPipe")  # fmt: skip
     made = [_person(points, more, f"person {i}") for i, (_, points, more) in enumerate(found)]
-    shape = {rows.shape for rows, _ in made}
-    expect(len(shape) == 1, f"people of {' and '.join(str(len(r)) for r in shape)} points")
+    shapes = sorted({rows.shape for rows, _ in made})
+    expect(len(shapes) == 1, f"people of {' and '.join('{} × {}'.format(*s) for s in shapes)} "
+           "numbers (points × coordinates)")  # fmt: skip
     frame = [int((re.findall(r"\d+", str(t)) or [0])[-1]) for t, _, _ in found]
-    frame = np.array([min(t - min(frame), MAX_FRAMES) for t in frame])
+    first = min(frame)
+    frame = np.array([min(t - first, MAX_FRAMES) for t in frame])
     return (frame, *map(np.stack, zip(*made)), int(frame.max()) + 1)

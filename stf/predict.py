@@ -211,6 +211,8 @@ class Predictor:
                 (same, f"its skeleton is {named}", layout),
                 (not done or done == preset, f"it was preprocessed already, by {done!r}",
                  f"raw recordings, or {preset!r}"),
+                (done or C == 3 or preset == "paper" or np.abs(clip.joints).max() <= 2,
+                 "its joints are in pixels", "parts of the image: x by its width, y by its height"),
             ):
                 if not fits:
                     reason = f"{given}; checkpoint {n.name} needs {needed}"
@@ -344,7 +346,8 @@ def _check_outputs(json, csv, animate, ending, recordings):
     for option, file in (("json", json), ("csv", csv), ("animate", animate if single else "")):
         path = Path(file)
         if file not in ("", "-") and (path.is_dir() or not os.access(path.parent, os.W_OK)):
-            why = "is a folder" if path.is_dir() else f"no folder {path.parent} to write it to"
+            there = "can't write to" if path.parent.is_dir() else "no"
+            why = "is a folder" if path.is_dir() else f"{there} folder {path.parent}"
             raise ConfigError(f"--{option} {file}: {why}")
     if single and recordings > 1:
         raise ConfigError(f"--animate {animate}: one file for {recordings:,} recordings; "
@@ -446,27 +449,30 @@ def predict_command(
     total = sum(map(len, opened))
     _check_outputs(json, csv, animate, movie, total)
     focus, progress = bool(animate or json), sys.stderr.isatty()
-    for found in predict_all(opened, predictor, batch_size, focus=focus, progress=progress):
-        if isinstance(found, ClipError):
-            failed.append(found)
-            continue
-        records.append(found.record())
-        lines = [found.text(top or (5 if total <= 10 else 1))]
-        doubts.update(found.doubts)
-        if animate:
-            try:
-                lines.append(f"  animation: {_write_movie(found, animate, movie)}")
-            except Exception as e:  # the answer counts without it
-                tqdm.write(f"{found.name}: no animation: {e}", file=sys.stderr)
-        if show:
-            tqdm.write("\n".join(lines), file=sys.stdout)
-    if failed and not records and all(isinstance(e, MismatchError) for e in failed):
+    try:
+        for found in predict_all(opened, predictor, batch_size, focus=focus, progress=progress):
+            if isinstance(found, ClipError):
+                failed.append(found)
+                continue
+            records.append(found.record())
+            lines = [found.text(top or (5 if total <= 10 else 1))]
+            doubts.update(found.doubts)
+            if animate:
+                try:
+                    lines.append(f"  animation: {_write_movie(found, animate, movie)}")
+                except Exception as e:  # the answer counts without it
+                    tqdm.write(f"{found.name}: no animation: {e}", file=sys.stderr)
+            if show:
+                tqdm.write("\n".join(lines), file=sys.stdout)
+    finally:  # also what there is of a run that was stopped
+        unfit = not records and all(isinstance(e, MismatchError) for e in failed)
+        for file, table in ((json, _as_json), (csv, _as_csv)):
+            if file and opened and not unfit:
+                text = table(predictor, records, failed)
+                print(text, end="") if file == "-" else write_file(file, text.encode())
+    if failed and unfit:
         more = f" (and so for {len(failed) - 1:,} others)" if len(failed) > 1 else ""
         raise ConfigError(f"{failed[0]}{more}")
-    for file, table in ((json, _as_json), (csv, _as_csv)):
-        if file and opened:
-            text = table(predictor, records, failed)
-            print(text, end="") if file == "-" else write_file(file, text.encode())
     if max(total, len(paths)) > 1:
         known = [r["correct"] for r in records if r["correct"] is not None]
         right = f"; {sum(known)} of {len(known)} with a known label are right" if known else ""

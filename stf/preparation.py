@@ -184,7 +184,8 @@ def _msg3d(clip, length, num_bodies, t=None, align=True):
     given = shown.x[..., 0] + shown.x[..., 1] + shown.x[..., 2] != 0  # the public test
     origin = shown.x[:1, :, skeleton.centre, None]
     x = (shown.x - (origin if align else origin[:, :1])) * given[..., None]
-    for (tail, head), axis in ((skeleton.spine, 2), (skeleton.shoulders[::-1], 0)) * align:
+    axes = ((skeleton.spine, 2), (skeleton.shoulders[::-1], 0)) if align else ()
+    for (tail, head), axis in axes:
         x = x @ _rotation_onto(x[0, 0, head] - x[0, 0, tail], axis).T
     return _Shown(*(a[:, 1:] for a in (x, *shown[1:])))
 
@@ -384,6 +385,9 @@ def _check_options(clip, stream, preprocess, length, num_bodies, bodies, time, a
          f"use preprocess={done!r}, which takes them as they are, or the recordings themselves"),
         (public and C == 2 and skeleton.name != "openpose18", "preset 'msg3d' knows 2D bodies of "
          f"'openpose18' only, not {skeleton.name!r}; use preprocess='paper'"),
+        (public and C == 2 and np.abs(clip.joints).max() > 2, f"clip {clip.name!r} is in pixels, "
+         "preset 'msg3d' takes parts of the image: divide x by its width and y by its height, or "
+         "use preprocess='paper'"),
         (C == 2 and preprocess == "first-frame", "preset 'first-frame' is for bodies in 3D; use "
          "preprocess='paper'"),
         (public and C == 3 and None in axes, "preprocess='msg3d' turns bodies by the spine, "

@@ -377,6 +377,9 @@ def _array_alone(file, V):
         expect(M in (1, 2), f"{x.shape}: frames aren't bodies of {V} joints × 3; name skeleton=…")
         x = x.reshape(len(x), int(M), V, 3).swapaxes(0, 1)
     elif x.shape[:1] == (3,) and (x.ndim == 4 and x.shape[3] < 3 or x.ndim == 3 < x.shape[2]):
+        plain = x.ndim == 3 or x.shape[3] == 1 or x.shape[2] in (18, 25)
+        expect(plain, f"{x.shape}: three bodies in 2D, or two in 3D? np.savez('….npz', joints=…) "
+               "it as (M,T,V,C)")  # fmt: skip
         x = x.T.swapaxes(-3, -2)  # (C,T,V,M) or (C,T,V), as ST-GCN and its kin give a network
     expect(x.ndim < 4 or len(x) < 10, f"{x.shape}: several clips? Save each to a file of its own")
     return {"joints": x}

@@ -3,6 +3,7 @@
 Each was a silent wrong answer of an earlier edition, or ended a command without a reason.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -21,6 +23,9 @@ import pytest
 matplotlib.use("Agg")
 
 from stf import cli  # noqa: E402
+from stf import predict as stf_predict  # noqa: E402
+from stf.backbone import MSG3D  # noqa: E402
+from stf.checkpoints import save_checkpoint  # noqa: E402
 from stf.clips import Clip, ClipError, open_clips  # noqa: E402
 from stf.dataset import ClipStore, StoreError  # noqa: E402
 from stf.predict import Predictor, predict_all  # noqa: E402
@@ -637,3 +642,85 @@ def test_folds_are_named_where_a_run_is_asked_for(stf):
     for k in (1, 2):
         Path(f"run-fold{k}").mkdir()
     assert "run was trained in folds, each a run: run-fold1 run-fold2" in stf("evaluate run")[2]
+
+
+# --- silent wrong answers of the second edition
+def test_pixels_are_not_parts_of_the_image(tmp_path, person):
+    "The public preset takes 0.5 off x and y: pixels of OpenPose's COCO model went in as they were."
+    at = written(tmp_path / "in", openpose, person)
+    clip = open_clips(at, skeleton=SKELETONS["openpose18"])[0]
+    with pytest.raises(ValueError, match="in pixels.*divide x by its width"):
+        prepare(clip, preprocess="msg3d")
+    net = MSG3D(2, clip.skeleton, widths=(6, 6, 6), gcn_scales=2, g3d_scales=2)
+    facts = dict(classes=["a", "b"], stream="joint", preprocess="msg3d", length=8)
+    save_checkpoint(tmp_path / "net", net, facts)
+    (told,) = predict_all(at, Predictor(tmp_path / "net"), skeleton=clip.skeleton)
+    assert isinstance(told, ClipError) and "its joints are in pixels" in str(told)
+    inside = replace(clip, joints=clip.joints / 1000)
+    assert Predictor(tmp_path / "net")([inside])[0].action in "ab"
+
+
+def test_three_flat_bodies_are_not_coordinates(tmp_path):
+    "(3,T,17,2): x of three people became x, y, z of two. ST-GCN's arrays have 18 or 25 joints."
+    np.save(tmp_path / "own.npy", np.random.default_rng(0).random((3, 40, 17, 2)))
+    with pytest.raises(ClipError, match="three bodies in 2D, or two in 3D"):
+        open_clips(tmp_path / "own.npy")[0]
+    np.save(tmp_path / "own.npy", np.random.default_rng(0).random((3, 40, 25, 2)))
+    assert open_clips(tmp_path / "own.npy")[0].joints.shape == (2, 40, 25, 3)
+
+
+def test_the_sides_inside_a_folder_called_test(tmp_path, person):
+    for side in ("train", "test"):
+        for action in ("run", "walk"):
+            (tmp_path / "test" / side / action).mkdir(parents=True)
+            plain(tmp_path / "test" / side / action, {f"{side}-{action}": person})
+    clips = open_clips(tmp_path / "test")
+    assert {c.name.split("-")[0]: c.split["official"] for c in clips} == {
+        "train": "train", "test": "test"}
+
+
+def test_a_table_that_merges_actions_and_columns_with_our_names(tmp_path, person):
+    "Merged classes kept their old names, and a column `empty` ended in a traceback of the store."
+    at = written(tmp_path / "in", ntu, {f"S001C001P001R001A0{a}": person for a in ("01", "50")})
+    table = tmp_path / "names.csv"
+    table.write_text("name,label\nS001C001P001R001A001,0\nS001C001P001R001A050,0\n")
+    store = ClipStore.build(open_clips(at, labels=table), tmp_path / "s", progress=False)
+    assert store.labels.tolist() == [0, 0]
+    table.write_text("name,class,empty\nS001C001P001R001A001,a,0\n")
+    with pytest.raises(ClipError, match="column 'empty' is a name that stf uses itself"):
+        open_clips(at, labels=table)
+
+
+def test_a_score_in_the_place_of_z_makes_the_layout_a_flat_one(tmp_path):
+    "BODY_25 in 0..1 with scores was taken as a Kinect's, and stayed so under --axes xys."
+    np.savez(tmp_path / "own.npz", joints=np.random.default_rng(0).random((1, 30, 25, 3)))
+    clip = open_clips(tmp_path / "own.npz", axes="xys")[0]
+    assert clip.skeleton.name == "body25" and clip.guessed and clip.joints.shape[3] == 2
+
+
+@pytest.mark.parametrize("person, why", [
+    ({"keypoints": [[1, 2]] * 17, "keypoint_scores": 0.5}, "keypoint_scores must be a list"),
+    ([{"keypoints": [1.0, 2, 1] * 17}, {"keypoints": [1.0, 2, 1] * 18}], r"17 × 2 and 18 × 2")])
+def test_malformed_poses_say_why(person, why, tmp_path):
+    people = person if isinstance(person, list) else [person]
+    (tmp_path / "a.json").write_text(json.dumps({"instances": people}))
+    with pytest.raises(ClipError, match=why):
+        open_clips(tmp_path / "a.json")[0]
+
+
+def test_a_stopped_prediction_keeps_its_answers(tmp_path, person, stf, monkeypatch):
+    "Ctrl-C in the last hour of a folder lost all answers: they were written at the end alone."
+    written(tmp_path / "in", one_array, {name: person for name in "abc"})
+    real = stf_predict.predict_all
+
+    def stopping(*args, **options):
+        for i, found in enumerate(real(*args, **options)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield found
+
+    monkeypatch.setattr("stf.predict.predict_all", stopping)
+    with contextlib.suppress(KeyboardInterrupt):
+        stf("predict in --csv out.csv --batch-size 1")
+    with open("out.csv") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == ["a", "b"]

@@ -5,8 +5,9 @@ import torch
 
 from stf.checkpoints import ConfigError, batch_options, load_checkpoint, save_checkpoint
 from stf.ctrgcn import CTRGCN, STFCTRGCN
-from stf.faithfulness import focus_measures
-from stf.focus import focus_agreement, module_focus
+from stf.faithfulness import beta_ceiling, focus_measures, randomisation_check
+from stf.focus import focus_agreement, module_focus, resample_focus
+from stf.losses import LossWeights, STFLoss
 from stf.stf_module import adjacency_statistics
 from stf.train import Config
 from test_networks import DOG, clips, stirred
@@ -31,6 +32,21 @@ def test_continues_from_every_block(channels, T):
     expected = f.dynamic[2].flatten(0, 1)[f.present.flatten()].square().mean(0).sum((1, 2)).sqrt()
     expected = (expected / net.units[2].gcn.A.square().sum((1, 2)).sqrt()).mean()
     assert len(sizes) == 4 and sizes[2]["ratio"] == pytest.approx(expected.item())
+
+
+def test_the_measures_of_its_own_blocks():
+    """Of four blocks, the third was taken for the last: L_c compared the last focus with itself."""
+    net = stirred(STFCTRGCN(5, DOG, 3, 2, **SIZES)).double().eval()
+    f, classes = net.features(x := clips(net, 4, 16)), torch.tensor([0, 1, 2, 3])
+    for coherence, names in net.coherence_modules.items():
+        foci = STFLoss(net, LossWeights(g=0), coherence=coherence).module_foci(f, classes)
+        wanted = (module_focus(net, f, classes, (name,))[name] for name in names)
+        assert all((a - b).abs().max() < 1e-9 for a, b in zip(foci, wanted)), names
+    assert (foci[0] - resample_focus(foci[1], foci[0].shape[2])).abs().max() > 0.1
+    x, net = x.float(), net.float()
+    assert len(beta_ceiling(net, x, x, steps=2)) == 4
+    with pytest.raises(ValueError, match="parts of MS-G3D, not of STFCTRGCN"):
+        randomisation_check(net, {}, x)
 
 
 def test_an_absent_body_and_the_order_of_bodies_change_nothing_else():

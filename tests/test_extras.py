@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from stf.backbone import MSG3D
 from stf.checkpoints import save_checkpoint, shipped_checkpoints
 from stf.clips import Clip, open_clips, read_ntu
+from stf.ctrgcn import CTRGCN, STFCTRGCN
 from stf.dataset import ClipStore, make_batch
 from stf.extras.explorer import Explanation, _png, explore
 from stf.extras.onnx import OnnxNetwork, export_onnx
@@ -26,6 +27,7 @@ def network(cls, classes, skeleton="ntu25", **options):
     """A network with weights that make G_k matter, running statistics included."""
     torch.manual_seed(classes)
     sizes = dict(widths=(6, 12, 12), gcn_scales=3, g3d_scales=2, windows=(3,))
+    sizes = sizes if issubclass(cls, MSG3D) else dict(widths=(8, 12, 12))
     net = cls(classes, SKELETONS[skeleton], **sizes, **options)
     for name, p in net.named_parameters():
         if name.endswith("mix_time.weight"):
@@ -39,13 +41,13 @@ def network(cls, classes, skeleton="ntu25", **options):
 @pytest.mark.parametrize("cls, classes, options", [
     (MSG3D, 7, {}),
     (STFNet, 3, dict(in_channels=4, num_bodies=1)),
-    (STFNet, 120, dict(skeleton="openpose18")),
+    (STFNet, 120, dict(skeleton="openpose18")), (CTRGCN, 3, {}), (STFCTRGCN, 3, {}),
 ])  # fmt: skip
 def test_onnx_equals_torch_on_other_clips_and_lengths(cls, classes, options, tmp_path):
     """A length, a number of clips or a G_k that became a constant; a changed network."""
     net = network(cls, classes, **options).double()
     before = {k: v.clone() for k, v in net.state_dict().items()}
-    file = OnnxNetwork(export_onnx(net, tmp_path / "net.onnx", adjacencies=cls is STFNet))
+    file = OnnxNetwork(export_onnx(net, tmp_path / "net.onnx", adjacencies=cls.has_beta))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items()) and not net.training
     assert file.facts["num_classes"] == len(file.classes) == classes
     assert file.skeleton == net.skeleton
@@ -135,14 +137,30 @@ def test_bodies_that_are_no_input_and_empty_frames(predictor):
 
 
 def test_flat_people(tmp_path):
-    """2D: nothing to turn, y grows downwards, 18 joints, two scales of G."""
+    """2D: nothing to turn, y grows downwards, 18 joints, two scales of G in half of the modules."""
     save_checkpoint(tmp_path / "weights", network(STFNet, 3, "openpose18"), HEADER)
     joints = np.random.default_rng(0).uniform(size=(1, 15, 18, 2)).astype("f4")
     e = Explanation(Clip(joints, joints[..., 0], "flat"), Predictor(tmp_path, "cpu"))
     (figure, picture), (_, turned) = left(e), left(e, azimuth=70)
-    assert len(e.static) == 2 and picture == turned
+    assert len(e.static) == 6 and len(e.static[0]) == 2 and e.scales == 1 and picture == turned
     points = next(p for c in figure.axes[0].collections if len(p := c.get_offsets()) == 18)
     assert np.corrcoef(points[:, 1], joints[0, 0, :, 1])[0, 1] < -0.99
+
+
+def test_ten_modules(tmp_path):
+    """Each block of CTR-GCN has one; the names of six were built in."""
+    pytest.importorskip("ipywidgets")
+    net = network(STFCTRGCN, 3, in_channels=4)
+    save_checkpoint(tmp_path / "weights", net, HEADER)
+    predictor = Predictor(tmp_path, "cpu")
+    e = Explanation(Clip(walk(), name="one"), predictor)
+    assert e.modules[9] == "10: block 10" and len(e.beta) == len(e.dynamic) == 10
+    np.testing.assert_allclose(e.static[6], net.units[6].gcn.A.detach())
+    assert len(e.draw(module=10).subfigs[1].axes) >= 13
+    with pytest.raises(ValueError, match="module must be from 1 to 10, got 11"):
+        e.draw(module=11)
+    shown = explore([e.clip], tmp_path / "weights")
+    assert [value for _, value in shown.controls["module"].options] == [*range(1, 11)]
 
 
 @pytest.fixture

@@ -290,7 +290,8 @@ def test_the_input_shows_the_body_and_frame_that_it_names(c, length, M, preproce
 
 
 @pytest.mark.parametrize("skeleton, preprocess", [
-    *itertools.product((NTU, POSE), ("paper", "msg3d")), (NTU, "first-frame")])
+    *itertools.product((NTU, POSE), ("paper", "msg3d")), (NTU, "first-frame"),
+    (SKELETONS["blazepose33"], "first-frame")])  # which names no spine, and nothing is turned
 def test_a_clip_is_the_same_in_any_batch_and_off_means_untouched(preprocess, skeleton):
     clips = many(skeleton)
     common = dict(stream="bone", preprocess=preprocess, length=25)

@@ -165,6 +165,8 @@ def test_presets_are_the_papers(names, epochs, milestones, stage_lr):
     (dict(validation=1.0), "validation is a"), (dict(fraction=0.0), "fraction is a share"),
     (dict(losses="ee", model="stf"), "each term once"),
     (dict(losses="x", model="stf"), "letters of 'edcg'"), (dict(losses="g"), "needs model='stf'"),
+    (dict(losses="g", model="ctrgcn"), "needs model='stf-ctrgcn': 'ctrgcn' has no β"),
+    (dict(model="stf", g3d_scales=1), "gcn_scales and g3d_scales must be at least 2, got 1"),
     (dict(precision="fp16", device="cpu"), "on the CPU use bf16"),
     (dict(warmup=50), "warmup must be below"), (dict(keep_best="ce"), "needs validation clips"),
     (dict(keep_best="loss", validation=0.1), "keep_best 'loss' is unknown"),
@@ -552,6 +554,15 @@ def test_fp16_may_leave_out_steps_but_not_for_ever(tmp_path):
     with pytest.raises(FloatingPointError, match="gradient norm inf"):
         step(1.0, float("inf"))
     assert t.state["sums"]["clips"] == 4 and t.state["step"] == 2
+
+
+def test_a_run_whose_steps_were_all_left_out_goes_on(tmp_path):
+    "fp16's first steps may overflow: stopped then, its checkpoint had no momentum and was damaged."
+    with one_accelerator("cpu") as a:
+        t = Training(tiny(tmp_path / "x"), TinyStore(), a)
+        t.state["step"] = 1
+        t.save()
+        assert Training(t.config, TinyStore(), a).load().state["step"] == 1
 
 
 def test_ctrl_c_saves_the_step_and_resumes_exactly(tmp_path, whole, interruptible):

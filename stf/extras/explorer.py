@@ -21,7 +21,6 @@ from ..focus import resample_focus
 from ..plot import COLOURS, draw_adjacency, draw_focus, draw_links, draw_skeleton
 from ..predict import Predictor, place_focus
 from ..preparation import prepare
-from ..skeleton import multi_scale_adjacency
 
 # %% ../../nbs/50_explorer.ipynb #6f184712
 def _turn(joints, azimuth=0.0, elevation=0.0):
@@ -58,16 +57,13 @@ def _top_links(G, skeleton, n=3):
     return ",   ".join(f"{names[i[o]]} – {names[j[o]]} {mean[o]:+.3f}" for o in order)
 
 # %% ../../nbs/50_explorer.ipynb #073a9a6b
-_MODULES = [f"{i + 1}: block {i // 2 + 1}, {('sgcn', 'gcn3d')[i % 2]}" for i in range(6)]
-
-
 class Explanation:
     """What networks compute of one clip, and its pictures.
 
     `prediction`: probabilities, and the focus for the class `about`, of all networks together.
-    Of one network: `beta`, six maps (bodies,T,V) in 0..1 at the clip's own frames; `dynamic`, six
-    G (bodies,K,V,V); both empty without STF modules; `static`, A_1 … A_K (K,V,V), normalised.
-    `bodies`: those that are part of the input; of the others β and G are 0.
+    Of one network, for each of its STF `modules` (names; none without β): `beta`, maps (bodies,T,V)
+    in 0..1 at the clip's own frames; `dynamic`, G (bodies,K,V,V); `static`, the matrices (K,V,V)
+    that G is added to. `bodies`: those that are part of the input; of the others β and G are 0.
 
     MismatchError for a clip that doesn't fit the networks, ValueError for an unknown class.
     """
@@ -94,14 +90,18 @@ class Explanation:
             own = [G[np.equal(most, b)].mean(0) if b in most else 0 * G[0] for b in everyone]
             self.dynamic.append(np.stack(own))
         self.bodies = sorted({int(b) for b in most if b >= 0})
-        A, K = n.net.skeleton.adjacency(), max((G.shape[1] for G in self.dynamic), default=3)
-        self.static = multi_scale_adjacency(A, K + 1, getattr(n.net, "exact", True))[1:]
+        graphs = zip(n.net.graphs() if f.dynamic else (), self.dynamic)
+        self.static = [A[: G.shape[1]].cpu().numpy() for A, G in graphs]
+        self.scales = min(map(len, self.static), default=1)  # that all modules have
+        each, ways = len(self.static) // n.net.depth, (", sgcn", ", gcn3d")  # modules a block
+        self.modules = [f"{i + 1}: block {i // each + 1}{ways[i % 2] if each == 2 else ''}"
+                        for i in range(len(self.static))]
 
     def draw(
         self,
         frame: int = 0,
         body: int = None,  # whose maps and graph; None: the first that the network sees
-        module: int = 5,  # 1 … 6: of which STF module G_k is
+        module: int = 0,  # 1 …: of which STF module G_k is; 0: the last
         k: int = 1,  # scale of A_k and G_k
         azimuth: float = 0.0,  # degrees about the vertical axis
         elevation: float = 10.0,  # degrees that the camera stands above the horizontal
@@ -109,9 +109,10 @@ class Explanation:
     ) -> Figure:
         "Both halves as one figure. ValueError for a frame, body, module or scale that isn't there."
         body, (M, T) = self.bodies[0] if body is None else body, self.clip.joints.shape[:2]
+        module, modules = module or max(1, len(self.modules)), max(1, len(self.modules))
         for what, value, low, high in (
-            ("frame", frame, 0, T - 1), ("body", body, 0, M - 1), ("module", module, 1, 6),
-            ("k", k, 1, len(self.static)),
+            ("frame", frame, 0, T - 1), ("body", body, 0, M - 1), ("module", module, 1, modules),
+            ("k", k, 1, self.scales),
         ):  # fmt: skip
             if value not in range(low, high + 1):
                 raise ValueError(f"{what} must be from {low} to {high}, got {value!r}")
@@ -167,18 +168,20 @@ class Explanation:
             figure.text(0.02, 0.44, "no β and no $G_k$: a network without STF modules", fontsize=8)
             return
         shown = np.stack(self.beta)[:, body][:, self.clip.present[body]]
-        low = shown.min(initial=1)  # one scale for all six
+        low = shown.min(initial=1)  # one scale for all
         high = max(shown.max(initial=0), low + 0.01)
         figure.text(0.69, 0.96, rf"$\beta$, {low:.2f} … {high:.2f}", fontsize=9, ha="center")
+        across = max(3, -(-len(self.beta) // 2))  # in two rows
         for i, beta in enumerate(self.beta):
-            ax = figure.add_axes((0.4 + 0.2 * (i % 3), 0.76 - 0.235 * (i // 3), 0.18, 0.15))
+            at = 0.4 + 0.6 / across * (i % across), 0.76 - 0.235 * (i // across)
+            ax = figure.add_axes((*at, 0.54 / across, 0.15))
             draw_focus(beta[body], skeleton, ax, vmin=low, vmax=high, colour_bar=None)
             colour = COLOURS["vermillion"] if i + 1 == module else "black"
-            ax.set_title(_MODULES[i], fontsize=8, color=colour)
+            ax.set_title(self.modules[i], fontsize=8 if across == 3 else 6, color=colour)
             ax.set(yticks=[], xlabel="")
             if frame is not None:
                 ax.axvline(frame + 0.5, color=COLOURS["blue"])
-        A, G = self.static[k - 1], self.dynamic[module - 1][body, k - 1]
+        A, G = self.static[module - 1][k - 1], self.dynamic[module - 1][body, k - 1]
         top, reach = (A + np.maximum(G, 0)).max(), max(np.abs(G).max(), 1e-9)
         G_name = f"$G_{k}$ of module {module}, ±{reach:.2g}"
         names = f"$A_{k}$, 0 … {top:.2g}", G_name, f"$A_{k} + G_{k}$"
@@ -234,7 +237,8 @@ class Explorer:
         angle = lambda name, reach: w.IntSlider(0, -reach, reach, 5, description=name)
         known = sorted({c for c in classes if c is not None})
         networks = [(f"inside {Path(n.name).name}", i) for i, n in enumerate(predictor.networks)]
-        modules = [(f"module {name}", i + 1) for i, name in enumerate(_MODULES)]
+        most = max(len(getattr(n.net, "stf", ())) for n in predictor.networks)
+        modules = [(f"module {i}", i) for i in range(1, max(6, most) + 1)]
         self.controls = c = {
             "class": w.Dropdown(options=[("all classes", ""), *zip(known, known)]),
             "wrong": w.ToggleButton(description="only wrong", disabled=not known),
@@ -316,12 +320,16 @@ class Explorer:
         for name in ("play", "frame"):
             c[name].max = e.clip.joints.shape[1] - 1
             c[name].value = c[name].value if about else 0
-        body, k = c["body"].value if about else e.bodies[0], min(c["k"].value, len(e.static))
+        body, k = c["body"].value if about else e.bodies[0], min(c["k"].value, e.scales)
         classes = dict.fromkeys([*(name for name, _ in p.top(5)), p.about, p.label])
         c["body"].options = [(f"body {b + 1}", b) for b in e.bodies]
         c["about"].options = [name for name in classes if name in p.classes]
-        c["k"].options = [(f"k = {i + 1}", i + 1) for i in range(len(e.static))]
+        c["k"].options = [(f"k = {i + 1}", i + 1) for i in range(e.scales)]
         c["body"].value, c["about"].value, c["k"].value = body, p.about, k
+        if e.modules:
+            module = min(c["module"].value, len(e.modules))
+            c["module"].options = [(f"module {name}", i) for i, name in enumerate(e.modules, 1)]
+            c["module"].value = module
         for name in ("module", "k", "links"):
             c[name].disabled = not e.dynamic
         for name in ("azimuth", "elevation"):

@@ -24,7 +24,7 @@ from ..skeleton import Skeleton
 
 # %% ../../nbs/51_onnx.ipynb #6f184712
 def _outputs(net, x, focus, adjacencies):
-    "logits (N,classes), and, if wanted, Q (N,M,T',V) of the likeliest class and the six G_k."
+    "logits (N,classes), and, if wanted, Q (N,M,T',V) of the likeliest class and the G_k."
     from stf.focus import grad_cam
 
     f = net.features(x)
@@ -113,7 +113,8 @@ def export_onnx(
             return _outputs(self.net, x, focus, adjacencies)
 
     exported = Exported().eval()
-    names = ["logits"] + ["focus"] * focus + [f"G{i + 1}" for i in range(6)] * adjacencies
+    graphs = [f"G{i}" for i in range(1, 1 + len(net.stf))] if adjacencies else []
+    names = ["logits"] + ["focus"] * focus + graphs
     example = torch.randn(2, net.in_channels, 40, net.skeleton.num_joints, net.num_bodies)
     free = {0: torch.export.Dim("clips"), 2: torch.export.Dim("frames", min=5)}
     with _quiet("torch.onnx._internal.exporter._registration"), torch.no_grad():
@@ -213,7 +214,7 @@ def export_command(
         checkpoint: folder of a trained network, or a run
         path: the .onnx file to write
         focus: also the focus Q of the likeliest class
-        adjacencies: also the six adjacencies G_k of an STF network
+        adjacencies: also the adjacencies G_k of an STF network
     """
     from stf.checkpoints import ConfigError, load_checkpoint
 
