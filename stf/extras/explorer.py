@@ -101,7 +101,7 @@ class Explanation:
         self,
         frame: int = 0,
         body: int = None,  # whose maps and graph; None: the first that the network sees
-        module: int = 0,  # 1 …: of which STF module G_k is; 0: the last
+        module: int = 5,  # counted from 1: of which STF module G_k is
         k: int = 1,  # scale of A_k and G_k
         azimuth: float = 0.0,  # degrees about the vertical axis
         elevation: float = 10.0,  # degrees that the camera stands above the horizontal
@@ -109,10 +109,9 @@ class Explanation:
     ) -> Figure:
         "Both halves as one figure. ValueError for a frame, body, module or scale that isn't there."
         body, (M, T) = self.bodies[0] if body is None else body, self.clip.joints.shape[:2]
-        module, modules = module or max(1, len(self.modules)), max(1, len(self.modules))
         for what, value, low, high in (
-            ("frame", frame, 0, T - 1), ("body", body, 0, M - 1), ("module", module, 1, modules),
-            ("k", k, 1, self.scales),
+            ("frame", frame, 0, T - 1), ("body", body, 0, M - 1), ("k", k, 1, self.scales),
+            ("module", module, 1, len(self.modules) or 6),
         ):  # fmt: skip
             if value not in range(low, high + 1):
                 raise ValueError(f"{what} must be from {low} to {high}, got {value!r}")
