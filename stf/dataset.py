@@ -96,7 +96,7 @@ def _groups(store, clips, tag):
     "Clips of each value of a tag (as text); of clip, each alone. StoreError for a missing tag."
     groups = {}
     for i in clips:
-        tags = {**store._tags(i), "clip": i}
+        tags = {"clip": i, **store._tags(i)}
         if tag not in tags:
             raise StoreError(f"{store.where(i)}: no tag {tag!r}; it has {', '.join(tags)} "
                              "(a column of labels=names.csv makes one, when clips are prepared)")

@@ -794,10 +794,10 @@ def range_records(config: Config, results="data/results", store=None) -> list:
                 continue
             with one_accelerator(c.device, folder=c.run_folder) as a:
                 t = Training(c.replace(losses=term, **changes), store, a)
-                where, objective = environment(a.device), t.loss
+                where, objective, device = environment(a.device), t.loss, a.device
             if ended:
                 objective.net.load_state_dict(nets[row].state_dict())
-            x, y = t.store.batch(t.train[::11][:32], **t.input | {"device": a.device})
+            x, y = t.store.batch(t.train[::11][:32], **t.input | {"device": device})
             ranges[reading] = loss_ranges(objective.train(), x, y)
         if ranges:
             write_file(path, {"format": 1, "experiment": "ranges", "name": config.name,

@@ -699,7 +699,7 @@ def test_a_score_in_the_place_of_z_makes_the_layout_a_flat_one(tmp_path):
 
 
 @pytest.mark.parametrize("person, why", [
-    ({"keypoints": [[1, 2]] * 17, "keypoint_scores": 0.5}, "keypoint_scores must be a list"),
+    ({"keypoints": [[1, 2]] * 17, "keypoint_scores": 0.5}, "keypoint_scores: must be a list"),
     ([{"keypoints": [1.0, 2, 1] * 17}, {"keypoints": [1.0, 2, 1] * 18}], r"17 × 2 and 18 × 2")])
 def test_malformed_poses_say_why(person, why, tmp_path):
     people = person if isinstance(person, list) else [person]

@@ -266,8 +266,8 @@ def squared_gradient(f, x, y):
     ("second", DOG, 9, 2, True), ("second", DOG, 9, 2, False)])  # fmt: skip
 def test_gradients_of_the_public_order(checkpointing, loss, skeleton, T, M, training):
     "All parameters, float64: a wrong tap, a lost edge of time, a wrong part of the batch."
-    names = [f"public_{name}" for name in ("gcn", "g3d", "bn", "tcn", "order")]
-    public = notebook("53_speed", *names)["public_order"]
+    names = [f"public_{name}" for name in ("gcn", "g3d", "bn", "tcn", "graphs", "order")]
+    public = notebook("53_speed", *names)
     torch.manual_seed(0)
     net = stirred(MSG3D(3, skeleton, 3, M, **SMALL).double(), 0.1).train(training)
     for m in net.modules():
@@ -276,8 +276,8 @@ def test_gradients_of_the_public_order(checkpointing, loss, skeleton, T, M, trai
     x, y = clips(net, 3, T), torch.arange(3)
     p = {k: v.clone() for k, v in net.state_dict().items()}
     p = {k: v.requires_grad_(v.is_floating_point() and "running" not in k) for k, v in p.items()}
-    options = dict(training=training, gcn_scales=4, g3d_scales=3)
-    theirs = lambda x: public(p, x, skeleton.adjacency(), **options)
+    graphs = public["public_graphs"](skeleton.adjacency(), gcn_scales=4, g3d_scales=3)
+    theirs = lambda x: public["public_order"](p, x, graphs, training=training)
     first = lambda f, x, y: F.cross_entropy(f(x), y)
     value = [{"first": first, "second": squared_gradient}[loss](f, x, y)
              for f in (theirs, use_checkpointing(net, checkpointing))]  # fmt: skip
