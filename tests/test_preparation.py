@@ -45,6 +45,7 @@ def noisy(seed=0, M=2, T=20, skeleton=NTU, gaps=True):
     "Bodies of noise; with gaps, missing joints, one that comes late, and in any order of the file."
     rng, flat = np.random.default_rng(seed), skeleton in (POSE, FLAT)
     joints = rng.normal(size=(M, T, skeleton.num_joints, 3 - flat)).astype(np.float32) + 3
+    joints /= 8 if flat else 1  # parts of the image
     visible = np.ones(joints.shape[:3], np.float32)
     if gaps:
         visible[rng.random(visible.shape) < rng.choice([0, 0.1, 0.9])] = 0
