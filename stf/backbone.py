@@ -301,6 +301,10 @@ class SkeletonNetwork(nn.Module):
         last, present = maps[f"block{self.depth}"], (x != 0).flatten(1, 3).any(1)
         return Features(last, maps, present, beta, dynamic)
 
+    def adjacencies(self, block, x):
+        "[(β, G), …] of the STF modules of a block, from its input x: none here, see STFNet."
+        return []
+
     def forward_from(self, maps: dict):
         "last (N,M,C,T',V) from the map of one block, {name: map}, in running statistics."
         names = [f"block{b}" for b in range(1, self.depth + 1)]
@@ -358,10 +362,6 @@ class MSG3D(SkeletonNetwork):
             setattr(self, f"gcn3d{b}", nn.ModuleDict({"gcn3d": windowed}))  # the public names
             setattr(self, f"tcn{b}", MultiScaleTemporalConv(width, width))
         self.fc = nn.Linear(widths[-1], num_classes)
-
-    def adjacencies(self, block, x):
-        "[(β, G), (β, G)] for sgcn and gcn3d of a block, from its input x: none here, see STFNet."
-        return []
 
     def blocks(self, h, first=1):
         "Maps after the blocks from `first` on, and after block 3's two pathways; β with G of each."

@@ -111,10 +111,6 @@ class CTRGCN(SkeletonNetwork):
         lower = f"block{self.depth - layers[2]}"  # the last one before the frames are halved
         self.coherence_modules = {"pathways": (below, last), "blocks": (lower, last)}
 
-    def adjacencies(self, block, x):
-        "[(β, G)] of a block, from its input x: none here, see STFCTRGCN."
-        return []
-
     def blocks(self, h, first=1):
         "Maps after the blocks from `first` on, by name, from what enters block `first`; β with G."
         maps, made = {}, []
