@@ -444,8 +444,9 @@ class Training:
             known = {str(i): p.shape for i, p in enumerate(self.trained) if self.config.momentum}
             state = header.get("state") if isinstance(header.get("state"), dict) else {}
             damaged = any(type(state.get(k)) is not type(v) for k, v in self.state.items())
-            held_of = {k: v.shape for k, v in momentum.items()}  # none: fp16 has left out all steps
-            if damaged or held_of not in ({}, known):
+            if not momentum and state.get("scaler"):
+                known = {}  # fp16 has left out all steps so far
+            if damaged or {k: v.shape for k, v in momentum.items()} != known:
                 raise CheckpointError(f"{file}: its training state is damaged; delete it")
             held["state"] = {int(i): {"momentum_buffer": v} for i, v in momentum.items()}
             self.optimizer.load_state_dict(held)

@@ -557,10 +557,14 @@ def test_fp16_may_leave_out_steps_but_not_for_ever(tmp_path):
 
 
 def test_a_run_whose_steps_were_all_left_out_goes_on(tmp_path):
-    "fp16's first steps may overflow: stopped then, its checkpoint had no momentum and was damaged."
+    "fp16's first steps may overflow: stopped then, its checkpoint has no momentum. Others must."
     with one_accelerator("cpu") as a:
         t = Training(tiny(tmp_path / "x"), TinyStore(), a)
         t.state["step"] = 1
+        t.save()
+        with pytest.raises(CheckpointError, match="its training state is damaged"):
+            Training(t.config, TinyStore(), a).load()
+        a.scaler = SimpleNamespace(state_dict=lambda: {"scale": 8.0}, load_state_dict=lambda s: s)
         t.save()
         assert Training(t.config, TinyStore(), a).load().state["step"] == 1
 
