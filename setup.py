@@ -3,11 +3,22 @@ from configparser import ConfigParser
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 cfg = config["DEFAULT"]
+
+
+class BuildWithNetworks(build_py):
+    "Puts data/weights, the networks that predict uses, into a wheel; a checkout has them."
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(here / "data/weights"), f"{self.build_lib}/stf/weights")
+
 
 setup(
     name=cfg["lib_name"],
@@ -18,10 +29,10 @@ setup(
     author=cfg["author"],
     license="Apache-2.0",
     keywords=cfg["keywords"],
-    packages=[*find_packages(include=["stf", "stf.*"]), "stf.weights"],
-    package_dir={"stf.weights": "data/weights"},  # of a checkout: the networks that predict uses
-    package_data={"stf": ["*.json", "*.txt", "*.mplstyle", "*.npz"],
-                  "stf.weights": ["*/*.safetensors"]},
+    packages=find_packages(include=["stf", "stf.*"]),
+    package_dir={"": "."},  # an editable install adds this folder to the path, as a plain line
+    package_data={"stf": ["*.json", "*.txt", "*.mplstyle", "*.npz"]},
+    cmdclass={"build_py": BuildWithNetworks},
     python_requires=f">={cfg['min_python']}",
     install_requires=cfg["requirements"].split(),
     extras_require={name.removesuffix("_requirements"): cfg[name].split()

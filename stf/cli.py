@@ -195,8 +195,10 @@ def info(
         store = ClipStore(folder)
         _show_store(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
-    elif (folder / "config.json").exists() and not _is_checkpoint(folder):
-        print(f"{what}: a run that has not begun; `stf train {what}` begins it")
+    elif (folder / "config.json").exists():
+        state = _is_checkpoint(folder) and read_header(folder).get("state")
+        where = state and "epochs trained: {epoch}, steps of the next: {step}".format(**state)
+        print(f"{what}: a run, {where or 'not begun'}; `stf train {what}` goes on")
     elif folder.exists() and not _is_checkpoint(folder):
         print(open_input(folder, skeleton=body).summary)
     else:
@@ -271,7 +273,7 @@ _Seeds = Annotated[tuple[int, ...], arg(help="of the trainings")]
 _Rows = Annotated[
     tuple[str, ...], arg(help="M1 is MS-G3D, M5 is STF; others are single losses and controls")
 ]
-_Results = Annotated[str, arg(help="folder of the records")]
+_Results = Annotated[str, arg(help="folder of the records; the runs lie in data/runs")]
 
 
 def ablation(

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
-from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -111,7 +110,9 @@ class Scores:
             with np.load(path, allow_pickle=False) as z:
                 arrays = [z[k] for k in ("names", "labels", "probabilities", "classes")]
             return cls(arrays[0].tolist(), *arrays[1:3], arrays[3].tolist())
-        except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as e:
+        except FileNotFoundError:
+            raise
+        except Exception as e:  # each fault has its own type
             raise ValueError(f"{path}: not a file of scores: {e}") from e
 
 # %% ../nbs/20_evaluate.ipynb #05b65a85

@@ -165,6 +165,8 @@ class STFLoss(nn.Module):
         for name, value in given.items():
             if value not in _OPTIONS[name]:
                 raise ValueError(f"{name} must be one of {_OPTIONS[name]}, got {value!r}")
+        if not (hasattr(net, "features") and hasattr(net, "head")):
+            raise ValueError(f"{type(net).__name__} needs features and head, as 06_stgcn says")
         if weights.g and not getattr(net, "has_beta", False):
             raise ValueError("λ_g > 0 needs a network with STF modules (STFNet): this one has no β")
         self.net, self.weights, self.score, self.norm = net, weights, score, norm

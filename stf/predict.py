@@ -436,7 +436,8 @@ def predict_command(
     predictor = Predictor(checkpoint, device)
     if not checkpoint:
         names = " and ".join(Path(n.name).name for n in predictor.networks)
-        print(f"no --checkpoint given: using {names} (synthetic, 20 actions)", file=sys.stderr)
+        print(f"no --checkpoint given: using {names}, trained on 20 actions of "
+              "synthetic people, not on real recordings", file=sys.stderr)
     body = predictor.skeleton if skeleton == "checkpoint" else body
     options = dict(kind=None if kind == "auto" else kind, skeleton=body, labels=labels or None,
                    axes=axes or None)

@@ -16,8 +16,9 @@ from stf.dataset import ClipStore
 from stf.evaluate import Scores
 from stf.experiments import load_records, record_scores
 from stf.synthetic import SyntheticConfig, write_synthetic
-from stf.train import Config, Ensemble, Run
+from stf.train import Config, Ensemble, Run, run
 from test_experiments import made  # noqa: F401 (a fixture)
+from test_train import pressing, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +168,14 @@ def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa:
 def test_info(made, monkeypatch, capsys, what, part):  # noqa: F811
     typed(monkeypatch, "info", made[0] / what if what.startswith("run") else what)
     assert part in capsys.readouterr().out
+
+
+def test_info_of_a_stopped_run(tmp_path, monkeypatch, capsys):
+    config = tiny(tmp_path / "run", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, pressing(2), progress=False)
+    typed(monkeypatch, "info", config.run_folder)
+    assert "epochs trained: 0, steps of the next: 1" in capsys.readouterr().out
 
 
 @pytest.mark.slow

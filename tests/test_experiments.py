@@ -132,8 +132,9 @@ def test_recorded_rows_are_skipped_and_missing_ones_made_again(made, tmp_path, m
         ablation(config.replace(lr=0.01), results=folder / "r", progress=False)
     with pytest.raises(ConfigError, match="M5-seed0.json .*: lambda_d 0.1 and 0.2"):
         ablation(config.replace(lambda_d=0.2), rows=["M5"], results=only(folder, tmp_path, "M5"))
-    with pytest.raises(ConfigError, match="M1-seed0.json .*: lr 0.05 and 0.01"):  # M4 starts there
-        ablation(config.replace(lr=0.01), rows=["M4"], results=folder / "r", progress=False)
+    for row, file in (("CE", "M1"), ("M4", "M4")):  # both start at M1; CE has no record
+        with pytest.raises(ConfigError, match=f"{file}-seed0.json .*: lr 0.05 and 0.01"):
+            ablation(config.replace(lr=0.01), rows=[row], results=folder / "r", progress=False)
     for of_rows in (ablation, focus_records):
         with pytest.raises(ConfigError, match="no row .M7."):
             of_rows(config, rows=["M7"])
@@ -213,12 +214,18 @@ def test_measured_is_what_was_trained_and_nothing_else(tmp_path):
     np.savez(known.with_suffix(".npz"), **clips, **{"mean of Q on the answer": clips["mean of Q"]})
     some = [*both, found | {"row": "Le", "path": str(known)}]
     assert "mean of Q on the answer" not in focus_gains(some).index.get_level_values("measure")
-    with pytest.raises(ValueError, match="two records of M1, seed 0: choose"):
-        summary([m1, m1, m1 | {"row": "CE"}])
+    for pooled in ([m1, m1, m1 | {"row": "CE"}], [m1, m1]):
+        with pytest.raises(ValueError, match="two records of M1, seed 0: choose"):
+            summary(pooled)
+    with pytest.raises(ValueError, match="of one configuration, not of another, "):
+        summary([m1, m1 | {"name": "another", "seed": 1}])
     for measure in (lambda c: focus_records(c, ("M1",), (0,), tmp_path, store, progress=False),
                     lambda c: dose_curve(c.replace(folder="c"), "M1", (0, 1), tmp_path, store)):
         with pytest.raises(ConfigError, match="recorded with other settings than now: lr "):
             measure(base.replace(lr=0.3))
+    Path(found["path"]).with_suffix(".npz").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match="M1-seed0.npz: lost or damaged: .* Delete .*json"):
+        focus_gains([found])
     next(tmp_path.rglob("focus/**/*.json")).unlink()
     with pytest.raises(ConfigError, match="holds another configuration: lr "):
         focus_records(base.replace(lr=0.3), ("M1",), (0,), tmp_path, store, progress=False)
@@ -334,7 +341,7 @@ def test_ranges_and_doses_are_records(tmp_path):
     assert before != after and dose_curve(stage, "M4, longer", (0, 2), tmp_path, None) == curve
     assert "train_top1" in curve["curve"][1] and len(curve["ceiling"]) == 3
     assert all(-1 <= r <= 1 for r in curve["ceiling"])
-    with pytest.raises(ConfigError, match="seed0.json is of 'M4, longer', not 'M4 longer'"):
+    with pytest.raises(ConfigError, match="seed0.json is of 'M4, longer', seed 0, not 'M4 longer'"):
         dose_curve(stage, "M4 longer", (0, 2), tmp_path, None)
     Path(curve["path"]).write_text('{"row"')  # as after a full disk
     with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record: .* Delete it"):
@@ -361,6 +368,75 @@ def test_a_held_row_is_left_to_its_process_and_a_nan_costs_its_own_row(tmp_path,
     with pytest.raises(RuntimeError, match="M4, seed 0: not a finite number"):
         make(["M4", "Le", "M5"], (0,))
     assert {r["row"] for r in load_records(tmp_path)} == {"M1", "Le"}
+
+
+def test_a_nan_costs_all_averages_that_need_it_and_nothing_waits(tmp_path, monkeypatch):
+    """An average of averages, as a fusion of M5 of two streams, waited for ever."""
+    base, run, tried = quick(tmp_path / "r"), experiments.run, []
+
+    def diverge(config, *args):
+        tried.append(config.stream)
+        if config.losses == "dcg" or config.stream == "bone":
+            raise FloatingPointError("not a finite number")
+        return run(config, *args)
+
+    monkeypatch.setattr(experiments, "run", diverge)
+    monkeypatch.setattr(experiments.time, "sleep", lambda s: pytest.fail("waits for ever"))
+    with pytest.raises(RuntimeError, match="tiny: M4, seed 0: not .* tiny-bone: M1, seed 0: not"):
+        streams(base, (0,), ("M1", "M5"), tmp_path, TinyStore(), progress=False)
+    assert {r["row"] for r in load_records(tmp_path)} == {"M1", "Le"}
+    assert tried.count("bone") == 1  # what starts from it isn't tried
+
+
+def test_rows_of_ones_own(made, tmp_path, monkeypatch):
+    folder, records = made
+    own = {"L": experiments.Row("λ_c 1", "c", {"lambda_c": 1.0}),
+           "H": experiments.Row("λ_c ½", "c", {"lambda_c": 0.5}),
+           "typo": experiments.Row("no such part", average=("M4", "M44")),
+           "all": experiments.Row("an average of an average", average=("M5", "M1"))}
+    monkeypatch.setattr(experiments, "ROWS", ROWS | own)
+    low, high = (own[row].configs(quick("r"), 0)[-1].run_folder for row in "LH")
+    assert low != high
+    with pytest.raises(ConfigError, match="no row 'M44'"):
+        ablation(quick("r"), rows=["typo"], results=tmp_path, progress=False)
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: pytest.fail("trained again"))
+    both, = ablation(quick(folder / "run"), rows=["all"], results=folder / "r", progress=False)
+    Path(both["path"]).unlink()
+    assert both["average"] == ["M5-seed0", "M1-seed0"]
+    later = summary([records[0], both | {"row": "own", "path": records[0]["path"],
+                                         "scores": records[0]["scores"]}])  # in another process
+    assert list(later.index) == ["M1", "own"] and later.loc["own", "gain"] == 0
+    with pytest.raises(ConfigError, match="no row 'M22'"):
+        gains(records, {"a question": ("M22", "M1")})
+
+
+def test_a_record_is_that_of_its_row_seed_settings_and_parts(made, tmp_path, monkeypatch):
+    folder, records = made
+    config, results = quick(folder / "run"), tmp_path / "ablation" / "tiny"
+    for row in ("M2", "M4", "Le", "M5"):
+        only(folder, tmp_path, row)
+    make = lambda row, c=config: ablation(c, rows=[row], results=tmp_path, progress=False)
+    monkeypatch.setattr(experiments, "run", lambda *a, **k: pytest.fail("trained again"))
+    with pytest.raises(ConfigError, match="M2-seed0.json .*at its start: epochs 1 and 2"):
+        make("M2", config.replace(epochs=2, folder="elsewhere"))
+    (results / "M4-seed0.npz").write_bytes((results / "M2-seed0.npz").read_bytes())  # made anew
+    parts = average(*(record_scores(load_records(tmp_path, row=row)[0]) for row in ("M4", "Le")))
+    made_anew, = make("M5")
+    assert np.allclose(record_scores(made_anew).probabilities, parts.probabilities)
+    for broken in (b"", b"PK", (results / "M4-seed0.npz").read_bytes()[:-40]):
+        (results / "M4-seed0.npz").write_bytes(broken)
+        with pytest.raises(ConfigError, match="M4-seed0.npz: not .* Delete .*M4-seed0.json"):
+            make("M4")
+    for kind in ("json", "npz"):
+        (results / f"M3-seed0.{kind}").write_bytes((results / f"M2-seed0.{kind}").read_bytes())
+    with pytest.raises(ConfigError, match="M3-seed0.json is of 'M2', seed 0, not 'M3', seed 0"):
+        make("M3")
+    no_config = json.dumps(records[0] | {"row": "M3", "config": None})
+    for damaged, text in (("[]", "not 'M3'"), ('{"experiment": "x", "row": "M3"}', "no config"),
+                          (no_config, "its configuration: ")):
+        (results / "M3-seed0.json").write_text(damaged)
+        with pytest.raises(ConfigError, match=f"M3-seed0.json.* {text}"):
+            make("M3")
 
 
 def test_an_average_over_seeds_says_where_all_its_parts_come_from(made, tmp_path, monkeypatch):

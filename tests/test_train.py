@@ -617,10 +617,8 @@ def test_one_training_at_a_time_in_a_process_and_in_a_folder(tmp_path, whole):
     config, results = tiny(tmp_path / "u"), []
     with pytest.raises(RuntimeError, match="one training at a time"):
         go(config, TinyStore(hook=lambda *batch: go(tmp_path / "inner")))
-    for broken in ("", "{", "null", "[1, 2, 3]", '["node", -1, 1.0]'):
-        (config.run_folder / "running.json").write_text(broken)
-        with in_use(config.run_folder), pytest.raises(BlockingIOError, match="is at work in"):
-            go(config)
+    with in_use(config.run_folder), pytest.raises(BlockingIOError, match="is at work in"):
+        go(config)
     thread = threading.Thread(target=lambda: results.append(go(config)))  # not in the main one
     thread.start(), thread.join()
     assert equal(results[0], whole)

@@ -59,3 +59,10 @@ def test_an_installed_wheel_predicts_with_the_shipped_networks(installed):
 @pytest.mark.slow
 def test_an_installed_wheel_runs_the_demo(installed):
     assert "Table 5" in installed("-c", DEMO)
+
+
+def test_a_folder_of_the_packages_name_does_not_hide_it(tmp_path):
+    "As where the clone is called stf, and Python starts beside it."
+    (tmp_path / "stf").mkdir()
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", "import stf.train"], cwd=tmp_path, env=env, check=True)
