@@ -287,11 +287,12 @@ def ablation(
     from stf import experiments as e
 
     config = e.named_by_data(config)
-    _print(e.summary(e.ablation(config, seeds, rows, results, first=first)))
+    made = e.ablation(config, seeds, rows, results, first=first)
+    _print(e.summary(made))
     records = e.load_records(results, experiment="ablation", name=config.name)
     gains = e.gains(records, e.CONTRASTS).query("seeds > 0")
     _print(gains, "gains in points, with their 95 % interval")
-    _print(e.table5(records), "Table 5, with the paper's numbers (NTU 60, x-sub, joints)")
+    _print(e.table5(made), "Table 5, with the paper's numbers (NTU 60, x-sub, joints)")
 
 
 def scarce(
