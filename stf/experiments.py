@@ -203,8 +203,8 @@ def _differ(record, configs):
     whole = "average" in record or "ranges" in record  # of several trainings: all that they have
     found = []
     for whose, held, config in zip(("", "at its start: "), _configs(record), configs):
-        fields = [k for k in (vars(config) if whole else same_config(held, config)) if k not in _FREE]
-        values = {k: (getattr(held, k), getattr(config, k)) for k in fields}
+        fields = {*(vars(config) if whole else same_config(held, config))} - _FREE
+        values = {k: (getattr(held, k), getattr(config, k)) for k in vars(config) if k in fields}
         values["data"] = Path(held.data).name, Path(config.data).name
         found += [f"{whose}{k} {a!r} and {b!r}" for k, (a, b) in values.items() if a != b]
     return ", ".join(found)
@@ -225,7 +225,7 @@ def _found(path, row, *configs):
     held, wanted = ("{row!r}, seed {seed}".format(**of)
                     for of in (record, {"row": row, "seed": configs[0].seed}))
     if held != wanted:
-        raise ConfigError(f"{path} is of {held}, not {wanted}: name this otherwise, or move it away")
+        raise ConfigError(f"{path} is of {held}, not {wanted}: rename this, or move it away")
     _expect(record, configs)
     if "scores" in record:
         record_scores(record)
@@ -461,8 +461,8 @@ def _by_row(records):
     for row in [*ROWS, *sorted({r["row"] for r in records} - ROWS.keys())]:
         for r in (r for r in records if r["row"] == row):
             if (row, r["seed"]) in of:
-                raise ValueError(f"two records of {row}, seed {r['seed']}: choose an experiment and "
-                                 "a stream, as load_records(experiment='ablation', stream='joint')")
+                raise ValueError(f"two records of {row}, seed {r['seed']}: choose experiment and "
+                                 "stream, as load_records(experiment='ablation', stream='joint')")
             of[row, r["seed"]] = r
     return of
 

@@ -102,7 +102,7 @@ def in_use(folder):
     "A folder locked for this process. BlockingIOError while another process has the lock."
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "running.lock", timeout=0)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         lock.acquire()
     except Timeout as e:

@@ -58,7 +58,7 @@ class Config:
     bodies: Literal[tuple(BODY_RULES)] = "spread"  # which, if there are more (paper, 3D)
     augment: Augment = Augment()  # random variants of the training clips
 
-    model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn; in Python also an imported module:Class
+    model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn; in Python an imported a:Class
     widths: tuple[int, ...] = (96, 192, 384)  # channels of the three blocks
     gcn_scales: int = 13  # scales of the graph convolutions
     g3d_scales: int = 6  # scales of the windowed ones
@@ -235,8 +235,7 @@ def _check(c: Config):
     need(len(set(terms)) == len(terms), f"losses name each term once, got {terms!r}")
     g = getattr(kind, "has_beta", False) or not c.loss_weights.g
     stf = getattr(kind, "with_stf", None) or "stf"
-    need(g, f"the adjacency loss (g) needs a network with β, as model={stf!r} is: {c.model!r} has none; leave g "
-         "out of losses, or choose rows without it")
+    need(g, f"the adjacency loss (g) needs model={stf!r}: {c.model!r} has no β; or leave out g")
     need(c.init or not c.train_only, "train_only needs a trained network: init='data/runs/…'")
     need(not c.warmup or c.warmup < c.epochs, f"warmup must be below epochs, got {c.warmup}")
     need(c.precision != "fp16" or c.device != "cpu", "fp16 needs CUDA; on the CPU use bf16")
@@ -377,8 +376,8 @@ class Training:
             if stopped or (c.save_every and s["step"] % c.save_every == 0):
                 self.save()
             if stopped:
-                raise KeyboardInterrupt(f"stopped in {what}, nothing is lost: the same call goes on, "
-                                        f"or, with this training alone, `stf train {c.run_folder}`")
+                raise KeyboardInterrupt(f"stopped in {what}, nothing is lost: call again, or for "
+                                        f"this training `stf train {c.run_folder}`, to go on")
 
     def count(self, clips, terms, total, norm, stop) -> bool:
         "Add a step to the sums; whether to stop. FloatingPointError names the clips of a NaN."
