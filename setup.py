@@ -16,7 +16,7 @@ class BuildWithNetworks(build_py):
 
     def run(self):
         super().run()
-        if not self.editable_mode:
+        if not getattr(self, "editable_mode", False):
             self.copy_tree(str(here / "data/weights"), f"{self.build_lib}/stf/weights")
 
 

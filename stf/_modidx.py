@@ -231,6 +231,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  'stf.experiments._draw_foci': ('experiments.html#_draw_foci', 'stf/experiments.py'),
                                  'stf.experiments._expect': ('experiments.html#_expect', 'stf/experiments.py'),
                                  'stf.experiments._found': ('experiments.html#_found', 'stf/experiments.py'),
+                                 'stf.experiments._holds': ('experiments.html#_holds', 'stf/experiments.py'),
                                  'stf.experiments._jobs': ('experiments.html#_jobs', 'stf/experiments.py'),
                                  'stf.experiments._joined': ('experiments.html#_joined', 'stf/experiments.py'),
                                  'stf.experiments._pairs': ('experiments.html#_pairs', 'stf/experiments.py'),

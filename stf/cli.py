@@ -195,10 +195,11 @@ def info(
         store = ClipStore(folder)
         _show_store(store)
         print("\n" + "\n".join(f"{label:4d} {name}" for label, name in enumerate(store.classes)))
-    elif (folder / "config.json").exists():
-        state = _is_checkpoint(folder) and read_header(folder).get("state")
-        where = state and "epochs trained: {epoch}, steps of the next: {step}".format(**state)
-        print(f"{what}: a run, {where or 'not begun'}; `stf train {what}` goes on")
+    elif (folder / "config.json").exists() and not _is_checkpoint(folder):
+        print(f"{what}: a run that has not begun; `stf train {what}` begins it")
+    elif (folder / "config.json").exists() and (state := read_header(folder).get("state")):
+        where = "epochs trained: {epoch}, steps of the next: {step}".format(**state)
+        print(f"{what}: a stopped run, {where}; `stf train {what}` goes on")
     elif folder.exists() and not _is_checkpoint(folder):
         print(open_input(folder, skeleton=body).summary)
     else:

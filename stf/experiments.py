@@ -169,9 +169,8 @@ def _write(path, scores, config, **facts):
     return _read(path)
 
 
-def _write_measured(path, config, row, environment, **facts):
-    "Write a record without probabilities. Its experiment and name are those of its path."
-    experiment, name = path.parts[-3:-1]
+def _write_measured(path, experiment, name, row, config, environment, **facts):
+    "Write a record without probabilities."
     write_file(path, {"format": 1, "experiment": experiment, "name": name, "row": row,
                       "seed": config.seed, "stream": config.stream, **facts,
                       "environment": environment, "config": json.loads(config.to_json())})
@@ -191,7 +190,7 @@ _FREE = set("seed init folder data device tracker save_every compile checkpointi
 
 
 def _configs(record):
-    "Configurations of a record's trainings, its own first, then, if noted, the one it starts from."
+    "Configurations of a record's trainings, its own first, then, if noted, those it starts from."
     try:
         return [Config.from_json(json.dumps(c)) for c in (record["config"], *record["starts"])]
     except (ConfigError, TypeError) as e:
@@ -202,11 +201,12 @@ def _differ(record, configs):
     "In which settings, and how, trainings compute something else than a record's: text."
     whole = "average" in record or "ranges" in record  # of several trainings: all that they have
     found = []
-    for whose, held, config in zip(("", "at its start: "), _configs(record), configs):
+    for held, config in zip(_configs(record), configs):
+        where = "at its start: " * (config != configs[0])
         fields = {*(vars(config) if whole else same_config(held, config))} - _FREE
         values = {k: (getattr(held, k), getattr(config, k)) for k in vars(config) if k in fields}
         values["data"] = Path(held.data).name, Path(config.data).name
-        found += [f"{whose}{k} {a!r} and {b!r}" for k, (a, b) in values.items() if a != b]
+        found += [f"{where}{k} {a!r} and {b!r}" for k, (a, b) in values.items() if a != b]
     return ", ".join(found)
 
 
@@ -218,7 +218,7 @@ def _expect(record, configs):
 
 
 def _found(path, row, *configs):
-    "The record at a path, or None. ConfigError if it is damaged, another's, or of other settings."
+    "The record at a path, or None. ConfigError if it is another's or of other settings."
     if not path.exists():
         return None
     record = {"row": None, "seed": None} | _read(path)
@@ -227,8 +227,6 @@ def _found(path, row, *configs):
     if held != wanted:
         raise ConfigError(f"{path} is of {held}, not {wanted}: rename this, or move it away")
     _expect(record, configs)
-    if "scores" in record:
-        record_scores(record)
     return record
 
 
@@ -262,6 +260,15 @@ def _joined(parts, key):
     return found[0] if len({*found}) == 1 else ", ".join(distinct)
 
 
+def _holds(path, scores):
+    "Whether a record with these probabilities is there."
+    try:
+        held = Scores.load(path.with_suffix(".npz")).probabilities
+        return path.exists() and np.array_equal(held, scores.probabilities.astype(np.float32))
+    except (OSError, ValueError):
+        return False
+
+
 @dataclass(frozen=True)
 class _Job:
     "One record to be made."
@@ -278,22 +285,31 @@ class _Job:
         return {*self.parts, *self.configs[:-1]}
 
     def found(self):
-        "Its record, if it is there. An average is made anew from its parts: they may have changed."
+        "Its record, if it is there; None of an average, whose parts may have changed."
         record = _found(self.path, self.facts["row"], *self.configs[::-1])
-        return None if self.parts else record
+        if self.parts or record is None:
+            return None
+        record_scores(record)  # whether they can be read
+        return record
 
-    def make(self, stores, progress):
-        "Train or average, and record it. BlockingIOError if another process is at work on it."
+    def make(self, stores, progress, failed):
+        """Train or average, and record it. BlockingIOError if another process is at work on it;
+        FloatingPointError, with the configuration that ended in NaN in the set `failed`.
+        """
         if self.parts:
-            if not all(path.exists() for path in self.parts):
-                raise BlockingIOError
             parts, here = [_read(path) for path in self.parts], self.path.parent
             names = [Path(os.path.relpath(p, here)).with_suffix("").as_posix() for p in self.parts]
             scores, env = average(*map(record_scores, parts)), [p | p["versions"] for p in parts]
+            if _holds(self.path, scores):
+                return _read(self.path)
             made = {"average": names, "dose": parts[0].get("dose"), "history": []}
         else:
             for config in self.configs:
-                r = run(config, stores.get(config.data), progress)
+                try:
+                    r = run(config, stores.get(config.data), progress)
+                except FloatingPointError:
+                    failed.add(config)
+                    raise
             scores, env = r.scores, [r.record["environment"]]
             made = {"losses": config.losses, "dose": round(dose(config, r.record["clips"][0]), 4),
                     "starts": [json.loads(c.to_json()) for c in self.configs[-2::-1]],
@@ -336,28 +352,31 @@ def _records(jobs, stores, progress):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("start plain processes, without torchrun or accelerate launch: as many "
                           "as you like, they share the trainings")
-    records = {job.path: job.found() for job in jobs}
+    once = {job.path: job for job in jobs}  # two averages may have a part in common
+    records = {path: job.found() for path, job in once.items()}
     made = [_read(p) for folder in {job.path.parent for job in jobs} for p in folder.glob("*.json")]
     made = {(_configs(r)[0].name, r["seed"]): r for r in made if r and "average" not in r}
     for config in {config for job in jobs for config in job.configs[:-1]}:  # what they start from
         if start := made.get((config.name, config.seed)):
             _expect(start, [config])
-    todo, lost, out = [job for job in jobs if not records[job.path]], [], set()
+    todo, lost, out = [job for job in once.values() if not records[job.path]], [], set()
     if progress:
         trained = sum(not job.parts for job in todo)
-        print(f"{len(jobs)} records: {len(jobs) - len(todo)} found, {trained} to train, "
+        print(f"{len(once)} records: {len(once) - len(todo)} found, {trained} to train, "
               f"{len(todo) - trained} to average")
     with tqdm(total=len(todo), unit="record", disable=not progress or not todo) as bar:
         while todo:
             for job in todo:
+                if job.needs & {other.path for other in todo}:
+                    continue
                 bar.set_description(what := "{name}: {row}, seed {seed}".format(**job.facts))
                 try:
-                    records[job.path] = job.found() or job.make(stores, progress)
+                    records[job.path] = job.found() or job.make(stores, progress, out)
                 except BlockingIOError:
                     continue
                 except FloatingPointError as e:
                     lost.append(f"{what}: {e}")
-                    out |= {job.path, job.configs[-1]}
+                    out.add(job.path)
                 bar.update()
                 todo.remove(job)
                 break
@@ -703,9 +722,9 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     trained, records = [row for row in ROWS if row in rows and not ROWS[row].average], []
     plan = [(row, seed) for seed in seeds for row in trained]
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
-        c = ROWS[row].configs(config, seed)[-1]
+        c, *starts = ROWS[row].configs(config, seed)[::-1]
         path = _path(results, "focus", config.name, row, seed)
-        record = _found(path, row, c)
+        record = _found(path, row, c, *starts)
         if record is None and (c.run_folder / "run.json").exists():
             store = store or ClipStore(c.data)
             r, options = run(c, store, progress=False), batch_options(vars(c))
@@ -727,9 +746,10 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
             np.savez_compressed(buffer := BytesIO(), **clips)
             write_file(path.with_suffix(".npz"), buffer.getvalue())
             measures = {k: None if np.isnan(v) else float(v) for k, v in means.items()}
-            record = _write_measured(path, c, row, r.record["environment"], by_class=by_class,
-                                     dose=round(dose(c, r.record["clips"][0]), 4),
-                                     measures=measures)
+            record = _write_measured(
+                path, "focus", config.name, row, c, r.record["environment"], measures=measures,
+                dose=round(dose(c, r.record["clips"][0]), 4), by_class=by_class,
+                starts=[json.loads(s.to_json()) for s in starts])
         records += [record] if record else []
     return records
 
@@ -818,7 +838,7 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         if c.loss_weights.g:
             seen, unseen = (store.batch(part, **t.input)[0] for part in (t.train, t.test))
             more = {"ceiling": beta_ceiling(net, seen, unseen)}
-    return _write_measured(path, c, label, where, curve=curve, **more)
+    return _write_measured(path, "dose", c.name, label, c, where, curve=curve, **more)
 
 # %% ../nbs/30_experiments.ipynb #c676c165
 READINGS = {  # of a term, beside the paper's λ: (term, values of the configuration)
@@ -864,7 +884,8 @@ def range_records(config: Config, results="data/results", store=None) -> list:
             x, y = t.store.batch(t.train[::11][:32], **t.input | {"device": device})
             ranges[reading] = loss_ranges(objective.train(), x, y)
         if ranges:
-            record = _write_measured(path, config, point, where, ranges=ranges)
+            record = _write_measured(path, "ranges", config.name, point, config, where,
+                                     ranges=ranges)
         records.append(record)
     return records
 

@@ -423,6 +423,14 @@ def test_a_record_is_that_of_its_row_seed_settings_and_parts(made, tmp_path, mon
     parts = average(*(record_scores(load_records(tmp_path, row=row)[0]) for row in ("M4", "Le")))
     made_anew, = make("M5")
     assert np.allclose(record_scores(made_anew).probabilities, parts.probabilities)
+    written = [p.stat().st_mtime_ns for p in sorted(results.glob("M5*"))]
+    make("M5")
+    assert [p.stat().st_mtime_ns for p in sorted(results.glob("M5*"))] == written
+    m1, m2 = config_of(config, "M1"), config_of(config, "M2")  # as of a data shift: three stages
+    third = json.loads(m1.to_json())
+    assert "at its start: epochs 1 and 2" in experiments._differ(
+        {"config": json.loads(m2.to_json()), "starts": [third, third], "path": ""},
+        [m2, m1, m1.replace(epochs=2)])
     for broken in (b"", b"PK", (results / "M4-seed0.npz").read_bytes()[:-40]):
         (results / "M4-seed0.npz").write_bytes(broken)
         with pytest.raises(ConfigError, match="M4-seed0.npz: not .* Delete .*M4-seed0.json"):
