@@ -199,7 +199,7 @@ def info(
         print(f"{what}: a run that has not begun; `stf train {what}` begins it")
     elif (folder / "config.json").exists() and (state := read_header(folder).get("state")):
         where = "epochs trained: {epoch}, steps of the next: {step}".format(**state)
-        print(f"{what}: a stopped run, {where}; `stf train {what}` goes on")
+        print(f"{what}: an unfinished run, {where}; `stf train {what}` goes on")
     elif folder.exists() and not _is_checkpoint(folder):
         print(open_input(folder, skeleton=body).summary)
     else:
@@ -274,7 +274,7 @@ _Seeds = Annotated[tuple[int, ...], arg(help="of the trainings")]
 _Rows = Annotated[
     tuple[str, ...], arg(help="M1 is MS-G3D, M5 is STF; others are single losses and controls")
 ]
-_Results = Annotated[str, arg(help="folder of the records; the runs lie in data/runs")]
+_Results = Annotated[str, arg(help="folder of the records; runs lie in data/runs, or --folder")]
 
 
 def ablation(

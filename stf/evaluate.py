@@ -110,7 +110,7 @@ class Scores:
             with np.load(path, allow_pickle=False) as z:
                 arrays = [z[k] for k in ("names", "labels", "probabilities", "classes")]
             return cls(arrays[0].tolist(), *arrays[1:3], arrays[3].tolist())
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             raise
         except Exception as e:  # each fault has its own type
             raise ValueError(f"{path}: not a file of scores: {e}") from e

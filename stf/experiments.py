@@ -146,7 +146,7 @@ def _read(path):
     cure = "Delete it and make it again, or move it away if it is no record"
     try:
         record = json.loads(path.read_text())
-    except (OSError, ValueError) as e:
+    except ValueError as e:
         raise ConfigError(f"{path}: not a whole record: {e}. {cure}") from e
     if not isinstance(record, dict) or "experiment" not in record:
         return {}
@@ -182,7 +182,7 @@ def record_scores(record: dict) -> Scores:
     path = Path(record["path"])
     try:
         return Scores.load(path.with_name(record["scores"]))
-    except (OSError, ValueError) as e:
+    except (FileNotFoundError, ValueError) as e:
         raise ConfigError(f"{e}. Delete {path}, and it will be made again") from e
 
 # %% ../nbs/30_experiments.ipynb #53998d44
@@ -397,7 +397,7 @@ def ablation(
     results="data/results",  # folder of all records
     store=None,  # an open ClipStore; None: the one in config.data
     experiment: str = "ablation",  # its name in the records
-    progress: bool = True,  # show bars
+    progress: bool = True,  # show bars, and how many records are found and missing
     first: str = "seeds",  # finish one seed before the next begins, or one of the "rows"
 ) -> list:  # records of these rows and seeds, found or made
     """Table 5 and its controls: train what has no record. Resumable; several may run at once.
@@ -788,6 +788,8 @@ def focus_gains(records: list) -> pd.DataFrame:
         try:
             with np.load(Path(r["path"]).with_suffix(".npz")) as held:
                 clips[r["path"]] = dict(held)
+        except PermissionError:
+            raise
         except Exception as e:  # each fault has its own type
             raise ConfigError(f"{Path(r['path']).with_suffix('.npz')}: lost or damaged: {e}. "
                               f"Delete {r['path']}, and it will be made again") from e

@@ -140,7 +140,8 @@ class STFLoss(nn.Module):
 
     Called with x (N,C,T,V,M) and y (N,), returns a dict: "loss" (to differentiate), "ce" and the
     terms "e", "d", "c", "g" that have a weight (not yet multiplied by it), and detached "logits"
-    (N,classes). Raises ValueError for an unknown option, and for λ_g > 0 on a network without β.
+    (N,classes). Raises ValueError for an unknown option, a network without features or head, and
+    for λ_g > 0 on one without β.
     """
 
     def __init__(

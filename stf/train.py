@@ -58,7 +58,7 @@ class Config:
     bodies: Literal[tuple(BODY_RULES)] = "spread"  # which, if there are more (paper, 3D)
     augment: Augment = Augment()  # random variants of the training clips
 
-    model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn; in Python an imported a:Class
+    model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn; from Python, module:Class
     widths: tuple[int, ...] = (96, 192, 384)  # channels of the three blocks
     gcn_scales: int = 13  # scales of the graph convolutions
     g3d_scales: int = 6  # scales of the windowed ones

@@ -343,6 +343,9 @@ def test_ranges_and_doses_are_records(tmp_path):
     assert all(-1 <= r <= 1 for r in curve["ceiling"])
     with pytest.raises(ConfigError, match="seed0.json is of 'M4, longer', seed 0, not 'M4 longer'"):
         dose_curve(stage, "M4 longer", (0, 2), tmp_path, None)
+    for epochs in ((), (-1, 2)):
+        with pytest.raises(ConfigError, match="epochs are those after which"):
+            dose_curve(stage, "none", epochs, tmp_path, None)
     Path(curve["path"]).write_text('{"row"')  # as after a full disk
     with pytest.raises(ConfigError, match="longer-seed0.json: not a whole record: .* Delete it"):
         dose_curve(stage, "M4, longer", (0, 2), tmp_path, None)

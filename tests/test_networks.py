@@ -83,6 +83,11 @@ def net():
     return net
 
 
+def test_a_network_without_the_protocol_is_named():
+    with pytest.raises(ValueError, match="Linear needs features and head"):
+        STFLoss(torch.nn.Linear(2, 2))
+
+
 # ---- the public network, its weights and its sizes
 
 
