@@ -770,6 +770,7 @@ FOCUS_CLAIMS = {  # measure: pairs of rows in which a purpose of the losses woul
                         ("M3", "M2")],
     "modules 5, 6 agree": [
         (row, "STF-CE") for row in ("M2", "M2-guide", "M4", "M4-frobenius")],
+    "blocks agree": [("M2", "STF-CE"), ("M2-guide", "STF-CE")],
     "β follows Q": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"), ("M4", "STF-CE")],
     "β follows its Q more than another's": [("Lg", "STF-CE"), ("Lg", "Lg-shuffled"),
                                             ("M4", "STF-CE")],

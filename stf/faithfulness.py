@@ -286,10 +286,11 @@ def focus_measures(
     others: dict | None = None,  # name → (N,M,T,V): maps to measure against it beside Q
 ) -> pd.DataFrame:  # a row a clip; what β does is NaN without β
     """Coverage and mean of Q; overlap of the top two classes' foci, under both scores; agreement of
-    modules 5 and 6; correlation of the β with Q, and how far that is ahead of the same with the Q
-    of the clip before (NaN where that has other bodies); probability of the predicted class, also
-    with Q hidden in the input, and its values at random places; is it right? Where the answer is
-    known: Q on it, and localisation by Q under both scores, by motion, chance and other maps.
+    the maps that L_c compares, modules 5 and 6 or blocks; correlation of the β with Q, and how far
+    that is ahead of the same with the Q of the clip before (NaN where that has other bodies);
+    probability of the predicted class, also with Q hidden in the input, and its values at random
+    places; is it right? Where the answer is known: Q on it, and localisation by Q under both
+    scores, by motion, chance and other maps.
     """
     frames = []
     for start in range(0, len(clips), batch_size):
@@ -309,11 +310,15 @@ def focus_measures(
             ahead = torch.stack(follow).mean(0) - torch.stack(other).mean(0)
             left = [net(mask_input(x, hidden)).softmax(1).gather(1, top[:1].t())[:, 0]
                     for hidden in (own, permute_focus(own, f.present))]
-        inner = STFLoss(net, LossWeights(g=0)).module_foci(f, top[0])
+        agree = {}
+        for pair in ("pathways", "blocks"):
+            low, high = STFLoss(net, LossWeights(g=0), coherence=pair).module_foci(f, top[0])
+            high = resample_focus(high, low.shape[2])
+            agree[pair] = focus_agreement(low, high, f.present).detach()
         found = {
             "coverage": focus_coverage(own, f.present),
             **{f"overlap ({score})": focus_overlap(*pair, f.present) for score, pair in q.items()},
-            "modules 5, 6 agree": focus_agreement(*inner, f.present).detach(),
+            "modules 5, 6 agree": agree["pathways"], "blocks agree": agree["blocks"],
             "β follows Q": torch.stack(follow).mean(0),
             **{f"β follows Q, module {k}": b for k, b in enumerate(follow, 1)},
             "β follows its Q more than another's": torch.where(alike, ahead, torch.nan),

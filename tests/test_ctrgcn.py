@@ -88,8 +88,11 @@ def test_both_stages_and_resume(tmp_path, interruptible):  # noqa: F811
     store, options = TinyStore(), batch_options(header)
     measured = focus_measures(net, store, [14, 15], options)  # L_c's maps: the last two blocks
     f = net.features(x := store.batch([14, 15], **options)[0])
-    foci = [module_focus(net, f, net(x).argmax(1), (b,))[b] for b in ("block9", "block10")]
-    agree = focus_agreement(*foci, f.present).detach().numpy()
-    assert np.abs(measured["modules 5, 6 agree"] - agree).max() < 1e-5
+    for measure, lower in (("modules 5, 6 agree", "block9"), ("blocks agree", "block7")):
+        foci = [module_focus(net, f, net(x).argmax(1), (b,))[b] for b in (lower, "block10")]
+        foci[1] = resample_focus(foci[1], foci[0].shape[2])
+        agree = focus_agreement(*foci, f.present).detach().numpy()
+        assert np.abs(measured[measure] - agree).max() < 1e-5
+    assert f.maps["block7"].shape[3] > f.maps["block10"].shape[3]
     with pytest.raises(ConfigError, match="'ctrgcn' has no β"):
         Config(model="ctrgcn", losses="g", widths=(8, 12, 16))
