@@ -170,7 +170,7 @@ class TemporalBranches(nn.Module):
     """Branches along time, side by side; (B,C,T,V) → (B,O,T',V), T' = ceil(T/stride).
 
     For each dilation a convolution over `kernel` frames, a max-pool over 3, a 1×1 convolution.
-    Raises ValueError for O that so many can't share.
+    Raises ValueError if O can't be divided among them.
     """
 
     def __init__(self, in_channels, out_channels, stride=1, kernel=3, dilations=(1, 2, 3, 4)):
@@ -326,7 +326,7 @@ class SkeletonNetwork(nn.Module):
 class MSG3D(SkeletonNetwork):
     """MS-G3D (Liu et al., CVPR 2020), the backbone of STF: (N,C,T,V,M) → (N,classes).
 
-    Raises ValueError for widths that six branches can't share, and for input of another shape.
+    Raises ValueError for widths that 6 doesn't divide, and for input of another shape.
     """
 
     starts, with_stf = "of one block or of sgcn3 and gcn3d3", "stf"

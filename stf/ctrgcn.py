@@ -76,7 +76,7 @@ class _Block(nn.Module):
 class CTRGCN(SkeletonNetwork):
     """CTR-GCN (Chen et al., ICCV 2021): (N,C,T,V,M) → (N,classes).
 
-    Raises ValueError for sizes that can't be, and for input of another shape.
+    Raises ValueError for invalid sizes, and for input of another shape.
     """
 
     with_stf = "stf-ctrgcn"  # the network of its second stage

@@ -88,7 +88,7 @@ def make_batch(
 
 # %% ../nbs/14_dataset.ipynb #fb650a01
 def _shuffled(items, seed):
-    "In an order that depends on the seed only (this generator's stream is frozen)."
+    "Items in an order that depends on the seed alone (this generator's stream is frozen)."
     return [items[i] for i in np.random.RandomState(seed).permutation(len(items))]
 
 

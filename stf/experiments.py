@@ -497,8 +497,8 @@ def gains(records: list, contrasts: dict | str = "M1") -> pd.DataFrame:
     """Gains in points with 95 % intervals, paired by seed and clip; NaN where nothing was run.
 
     `records` are of one configuration; `contrasts` is {question: (row, other)}, or the row that all
-    others are compared with. `sees`: the gain that these seeds and clips find with 80 % power;
-    `holm`: p of the PRIMARY contrasts in the table, corrected for their number.
+    others are compared with. `detectable`: the gain that as many seeds and clips would find with
+    80 % power; `holm`: p of the PRIMARY contrasts in the table, corrected for their number.
     """
     have, lines = dict.fromkeys(row for row, _ in _by_row(records)), []
     if isinstance(contrasts, str):
@@ -510,14 +510,14 @@ def gains(records: list, contrasts: dict | str = "M1") -> pd.DataFrame:
         if line["seeds"]:
             each = np.subtract(*([r["top1"] for r in side] for side in pair))
             d = differences(*(list(map(record_scores, side)) for side in pair))
-            line |= (found := paired_interval(d))._asdict() | {"sees": found.detectable}
+            line |= (found := paired_interval(d))._asdict()
             line["std"] = each.std(ddof=1) if len(each) > 1 else np.nan
             line["verdict"] = verdict(found.low, found.high, len(each))
         lines.append(line)
     primary = [line for line in lines if (line["row"], line["against"]) in PRIMARY and "p" in line]
     for line, p in zip(primary, holm([line["p"] for line in primary])):
         line["holm"] = p
-    columns = "question row against seeds gain std low high p holm sees verdict".split()
+    columns = "question row against seeds gain std low high p holm detectable verdict".split()
     return pd.DataFrame(lines, columns=columns).set_index("question")
 
 
@@ -805,7 +805,7 @@ def focus_gains(records: list) -> pd.DataFrame:
                 gain = paired_interval((a - b)[:, of] / 100)
                 means = a[:, of].mean(), b[:, of].mean()
                 lines.append([measure, row, other, *means, *gain[:3], len(ours)])
-    columns = ["measure", "row", "against", "mean", "its", "difference", "low", "high", "seeds"]
+    columns = ["measure", "row", "against", "mean", "control", "difference", "low", "high", "seeds"]
     return pd.DataFrame(lines, columns=columns).set_index(columns[:3])
 
 # %% ../nbs/30_experiments.ipynb #c36a3589

@@ -78,7 +78,7 @@ class Prediction:
 
     @property
     def probability(self) -> float:
-        "Of the most probable class."
+        "Probability of the most probable class."
         return float(self.probabilities.max())
 
     @property

@@ -128,7 +128,7 @@ def _show(clip, body, frame):
 
 
 def _paper(clip, length, num_bodies, bodies="spread", t=None):
-    "Centred on the main body, divided by its height, repeated to T (or at frames t)."
+    "Joints centred on the main body, divided by its height, repeated to T (or at frames t)."
     skeleton, frames, flat = clip.skeleton, clip.joints.shape[1], clip.joints.shape[3] == 2
     if flat:
         body = _best_scores(_listed_bodies(clip), clip.visible, num_bodies)
@@ -198,7 +198,7 @@ def _show_once(clip, body, length, t=None):
 
 
 def _msg3d_flat(clip, length, num_bodies, t=None):
-    "That of Kinetics: image centre subtracted, y up, each frame's highest scores."
+    "Preparation of Kinetics: image centre subtracted, y up, each frame's highest scores."
     body = _best_scores(_listed_bodies(clip), clip.visible, num_bodies)
     shown = _show_once(clip, body, length, t)
     x = (shown.x - np.float32(0.5)) * np.float32([1, -1]) * (shown.visible != 0)[..., None]

@@ -77,7 +77,7 @@ class _Unit(nn.Module):
 class STGCN(SkeletonNetwork):
     """ST-GCN (Yan, Xiong and Lin, AAAI 2018): (N,C,T,V,M) → (N,classes).
 
-    Raises ValueError for sizes that can't be, and for input of another shape.
+    Raises ValueError for invalid sizes, and for input of another shape.
     """
 
     # constructor arguments beside the skeleton, kept as attributes: a checkpoint's header has them

@@ -126,7 +126,7 @@ class Config:
 
     @property
     def run_folder(self) -> Path:
-        "Where the run lives."
+        "The run's folder."
         return Path(self.folder or f"data/runs/{self.name}-seed{self.seed}")
 
     @property
@@ -158,12 +158,12 @@ class Config:
             lr=self.stf_lr, epochs=self.stf_epochs, milestones=self.stf_milestones)
 
     def to_json(self) -> str:
-        "As JSON text."
+        "The configuration as JSON text."
         return json.dumps({"version": 1, **asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        "From to_json's text, of earlier versions too. ConfigError for settings that are gone."
+        "A configuration from its JSON text, also of older versions. ConfigError if a setting is gone."
         values = {**json.loads(text)}
         values.pop("evaluate_every", None)  # which decided nothing
         if "norm" in values and "norm_g" not in values:  # earlier versions had one for all
@@ -176,7 +176,7 @@ class Config:
 
     @classmethod
     def load(cls, path) -> "Config":
-        "From a run's config.json, or another file. ConfigError names it."
+        "A configuration from a run's config.json, or another file. ConfigError names it."
         try:
             return cls.from_json(Path(path).read_text())
         except (ValueError, TypeError) as e:

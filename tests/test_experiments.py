@@ -594,7 +594,7 @@ def test_every_result_in_the_readme_comes_from_records():
     records = load_records(FIRST.parent, experiment="ablation", name="ucla-small")
     records, wanted = [r for r in records if r["row"] in shown], []
     of, signed = gains(records), lambda line: "{:+.1f} ({:+.1f} to {:+.1f})".format(
-        *(round(line[k], 1) + 0.0 for k in ("gain", "low", "high")))
+        *(line[k] for k in ("gain", "low", "high")))
     corrected = dict(zip(of["row"], holm(of["p"])))
     for row, r in summary(records).iterrows():
         gain = ("", "") if row == "M1" else (signed(r), f"{corrected[row]:.2f}")
