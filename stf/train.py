@@ -163,7 +163,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str) -> "Config":
-        "A configuration from its JSON text, also of older versions. ConfigError if a setting is gone."
+        "A configuration from its JSON text, of any version. ConfigError for settings now gone."
         values = {**json.loads(text)}
         values.pop("evaluate_every", None)  # which decided nothing
         if "norm" in values and "norm_g" not in values:  # earlier versions had one for all
