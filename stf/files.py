@@ -116,15 +116,7 @@ def load_json(data):
     except (RecursionError, ValueError) as e:  # also nested too deeply, or numbers of many digits
         raise ClipError("", "", f"not JSON: {e}") from None
 
-# %% ../nbs/10b_files.ipynb #b9c91221
-_UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
-_MAX_RATIO, _RATIO_FROM = 200, 1 << 28  # refused: unpacks to 200 times its size, and 256 MiB
-_PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
-_LOOSE = re.compile(r".*(\.(skeleton|np[yz])|(?<!label)\.(json|pkl|pickle))", re.IGNORECASE)
-_LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
-_HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # files, and macOS clutter
-
-
+# %% ../nbs/10b_files.ipynb #39202fad
 _KINDS = {".skeleton": "ntu", ".npz": "plain", ".pkl": "arrays", ".pickle": "arrays"}
 _CONTENT = {  # what tells where the ending doesn't
     ".json": {"ucla": rb'"skeletons"', "kinetics": rb'"data" *: *\[',
@@ -132,6 +124,14 @@ _CONTENT = {  # what tells where the ending doesn't
                        rb'"(people|bodies)" *: *\['},
     ".npy": {"npy": rb"'\|O'|'shape': \(\d+(, \d+){1,3}\)"}}  # fmt: skip
 _DATA = re.compile(r"(train|val|test)_data[^/]*\.npy$")  # of MS-G3D and its kin
+
+# %% ../nbs/10b_files.ipynb #b9c91221
+_UNPACK = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\0": lzma.open}
+_MAX_RATIO, _RATIO_FROM = 200, 1 << 28  # refused: unpacks to 200 times its size, and 256 MiB
+_PACKED = re.compile(r"\.(zip|tar|tgz|tbz2|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+_LOOSE = re.compile(r".*(\.(skeleton|np[yz])|(?<!label)\.(json|pkl|pickle))", re.IGNORECASE)
+_LABEL_LIST = re.compile(r"(^|.*[_/])label\.json(\.gz)?", re.IGNORECASE)
+_HIDDEN = re.compile(r"(^|/)(\.(?!\.?/)|__MACOSX/)")  # files, and macOS clutter
 
 
 class Files:
@@ -287,7 +287,6 @@ class Files:
         lists = [self._open(*entry[1:]) for entry in self.lists]
         lists += [*filter(os.path.isfile, beside)]
         return {name: row for source in lists for name, row in read_labels(source).items()}
-
 
 # %% ../nbs/10b_files.ipynb #f2000001
 def _label_list(content):
