@@ -55,6 +55,12 @@ def test_relative_links_lead_somewhere(page):
             assert there, f"{page.name} links to {target}, which does not exist"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_displayed_formulas_are_paragraphs(page):
+    beside = re.findall(r"[^\n]\n\$\$.*|.*\$\$\n[^\n]", prose(page))
+    assert not beside, f"the site shows stray dollars around {beside}: leave a blank line"
+
+
 @pytest.mark.parametrize("page", ["paper.md", "glossary.md"])
 def test_map_names_functions_that_exist(page):
     text = (NBS / page).read_text(encoding="utf-8")
