@@ -330,6 +330,7 @@ class MSG3D(SkeletonNetwork):
     """
 
     starts, with_stf = "of one block or of sgcn3 and gcn3d3", "stf"
+    temporal_branches = 6  # widths are multiples of it
 
     # constructor arguments beside the skeleton, kept as attributes: a checkpoint's header has them
     hparams = ("num_classes", "in_channels", "num_bodies", "widths",

@@ -272,7 +272,7 @@ def train(
 # %% ../nbs/60_command_line.ipynb #0a097979
 _Seeds = Annotated[tuple[int, ...], arg(help="of the trainings")]
 _Rows = Annotated[
-    tuple[str, ...], arg(help="M1 is MS-G3D, M5 is STF; others are single losses and controls")
+    tuple[str, ...], arg(help="M1 is the baseline, M5 STF; others are single losses and controls")
 ]
 _Results = Annotated[str, arg(help="folder of the records; runs lie in data/runs, or --folder")]
 

@@ -80,6 +80,7 @@ class CTRGCN(SkeletonNetwork):
     """
 
     with_stf = "stf-ctrgcn"  # the network of its second stage
+    temporal_branches = 4  # widths are multiples of it
     # constructor arguments beside the skeleton, kept as attributes: a checkpoint's header has them
     hparams = ("num_classes", "in_channels", "num_bodies", "widths", "layers")
 

@@ -107,14 +107,14 @@ ROWS |= {  # controls
     "Le-random": Row("L_e, the focus at random places", "e", {"control": "random"}),
 }
 ROWS |= {  # readings
-    "M4-blocks": Row("L_c ties the outputs of blocks 2 and 3", "dcg", {"coherence": "blocks"}),
+    "M4-blocks": Row("L_c ties the outputs of two blocks", "dcg", {"coherence": "blocks"}),
     "M4-guide": Row("L_c: module 6 is a target for module 5", "dcg", {"guide": True}),
     "M4-logit": Row("the focus differentiates the logit", "dcg", {"score": "logit"}),
     "Le-logit": Row("the same for L_e", "e", {"score": "logit"}),
     "M4-frobenius": Row("M4, L_d and L_c by the literal Frobenius norm", "dcg",
                         {"norm": "frobenius"}),
     "M4-3x1": Row("β sees frames alone, not neighbouring joints", "dcg", {"beta_kernel": "3x1"}),
-    "M2-guide": Row("L_c: block 3 is a target for block 2", "c",
+    "M2-guide": Row("L_c: a higher block is a target for a lower one", "c",
                     {"coherence": "blocks", "guide": True}),
     "Ld-logit": Row("L_d alone, foci of the logit", "d", {"score": "logit"}),
     "Ld-overlap": Row("L_d alone, as overlap", "d", {"divergence": "overlap"}),

@@ -59,7 +59,7 @@ class Config:
     augment: Augment = Augment()  # random variants of the training clips
 
     model: str = "msg3d"  # msg3d, stf, stgcn, ctrgcn, stf-ctrgcn; from Python, module:Class
-    widths: tuple[int, ...] = (96, 192, 384)  # channels of the three blocks
+    widths: tuple[int, ...] = (96, 192, 384)  # channels of the blocks; CTR-GCN's own: 64 128 256
     gcn_scales: int = 13  # scales of the graph convolutions
     g3d_scales: int = 6  # scales of the windowed ones
     windows: tuple[int, ...] = (3, 5)  # frames of their windows
@@ -223,9 +223,13 @@ def _check(c: Config):
     need(len(named) == len(c.classes) != 1, f"classes must be two or more names, got {c.classes}")
     need(paper or c.bodies == "spread", f"bodies={c.bodies!r} is for preprocess='paper'")
     need(paper or c.mask == "all", "mask='coordinates' needs visibility: preprocess='paper'")
-    if issubclass(kind, MSG3D):
-        sizes = len(c.widths) == 3 and all(w and w % 6 == 0 for w in c.widths)
-        need(sizes, f"widths must be three multiples of 6, got {c.widths}")
+    if branches := getattr(kind, "temporal_branches", 0):
+        sizes = len(c.widths) == 3 and all(w and w % branches == 0 for w in c.widths)
+        need(sizes, f"widths must be three multiples of {branches}, got {c.widths}")
+    if not issubclass(kind, MSG3D):
+        for name, usual in (("exact", True), ("checkpointing", False)):
+            need(getattr(c, name) == usual, f"{name}={not usual} needs model='msg3d' or 'stf'")
+    else:
         need(c.windows and all(w % 2 for w in c.windows), f"windows must be odd, got {c.windows}")
         scales = min(c.gcn_scales, c.g3d_scales)
         need(scales > 1 or not kind.has_beta, "STF adds G_k from scale 1 on: gcn_scales and "
@@ -485,6 +489,7 @@ class Run:
 
 # %% ../nbs/22_train.ipynb #02d8282d
 _FITTING = ("accumulate", "precision", "checkpointing", "compile")  # may be changed on the way
+_SIZES = "gcn_scales g3d_scales windows exact beta_kernel dropout".split()  # of some networks
 _IDLE = "folder device data tracker save_every stf_lr stf_epochs stf_milestones".split()
 
 
@@ -495,7 +500,7 @@ def same_config(a: Config, b: Config) -> list:
     def computed(c, used):
         idle = (*_IDLE, *(f"lambda_{k}" for k in {*"edcg"} - set.union(*terms)))
         idle += () if used else (*_FOCUS, "statistics")
-        idle += () if getattr(network_class(c.model), "has_beta", False) else ("beta_kernel",)
+        idle += tuple(k for k in _SIZES if k not in network_class(c.model).hparams)
         values = {k: v for k, v in asdict(c).items() if k not in idle}
         init = Path((c.init or "").removesuffix("weights.safetensors")).name  # wherever it lies now
         return values | {"losses": used, "init": init}

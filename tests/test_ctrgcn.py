@@ -2,19 +2,88 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 
 from stf.checkpoints import ConfigError, batch_options, load_checkpoint, save_checkpoint
 from stf.ctrgcn import CTRGCN, STFCTRGCN
 from stf.faithfulness import beta_ceiling, focus_measures, randomisation_check
+from stf.experiments import ROWS
 from stf.focus import focus_agreement, module_focus, resample_focus
 from stf.losses import LossWeights, STFLoss
 from stf.stf_module import adjacency_statistics
-from stf.train import Config
+from stf.train import Config, same_config
 from test_networks import DOG, clips, stirred
 from test_train import TinyStore, equal, go, interruptible, pressing  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = dict(widths=(8, 12, 16), layers=(1, 2, 1))
+
+
+def naive_block(unit, x, G, stride):
+    "A block by the paper's formula and figure, from its tensors alone."
+    t = dict(unit.named_parameters()) | dict(unit.named_buffers())
+
+    def conv(h, name, **options):
+        return F.conv2d(h, t[f"{name}.weight"], t[f"{name}.bias"], **options)
+
+    def norm(h, name):
+        stats = (t[f"{name}.{k}"] for k in ("running_mean", "running_var", "weight", "bias"))
+        return F.batch_norm(h, *stats)
+
+    K, V = G.shape[1:3]
+    psi, phi = conv(x, "gcn.relation").mean(2).unflatten(1, (2, K, -1)).unbind(1)
+    q = torch.tanh(psi[..., None] - phi[..., None, :]).flatten(1, 2)  # (B,K·R,V,V), from j to i
+    q = conv(q, "gcn.expand", groups=K).unflatten(1, (K, -1))
+    R = (t["gcn.A"] + G).unsqueeze(2) + t["gcn.alpha"] * q
+    Wx = conv(x, "gcn.transform").unflatten(1, (K, -1))
+    h = norm(torch.einsum("bkoij,bkotj->boti", R, Wx), "bn")
+    widens = x.shape[1] != h.shape[1]
+    h = F.relu(h + (norm(conv(x, "gcn_residual.0"), "gcn_residual.1") if widens else x))
+    first = [F.relu(norm(conv(h, f"tcn.branches.{k}.0"), f"tcn.branches.{k}.1")) for k in range(3)]
+    outs = [norm(conv(first[k], f"tcn.branches.{k}.3.conv", stride=(stride, 1),
+                      padding=(2 * (k + 1), 0), dilation=(k + 1, 1)), f"tcn.branches.{k}.3.bn")
+            for k in range(2)]
+    outs.append(norm(F.max_pool2d(first[2], (3, 1), (stride, 1), (1, 0)), "tcn.branches.2.4"))
+    outs.append(norm(conv(h, "tcn.branches.3.0", stride=(stride, 1)), "tcn.branches.3.1"))
+    around = x
+    if widens or stride > 1:
+        around = norm(conv(x, "residual.0", stride=(stride, 1)), "residual.1")
+    return F.relu(torch.cat(outs, 1) + around)
+
+
+def test_a_block_is_the_papers():
+    """No test saw a missing ReLU, residual or dilation, nor a topology of another sign."""
+    net = stirred(CTRGCN(5, DOG, 3, 2, **SIZES)).double().eval()
+    for block, stride in ((3, 1), (2, 2), (4, 2)):
+        unit, V = net.units[block - 1], DOG.num_joints
+        nn.init.constant_(unit.gcn.alpha, 0.7)
+        x = torch.randn(2, unit.gcn.transform.in_channels, 7, V, dtype=torch.float64)
+        G = torch.randn(2, 3, V, V, dtype=torch.float64)
+        assert (unit(x, G) - naive_block(unit, x, G, stride)).abs().max() < 1e-9, block
+    assert net.units[0].residual is None and all(unit.residual for unit in net.units[1:])
+
+
+def test_starts_with_the_bodys_graph():
+    net = CTRGCN(5, DOG, 3, 2, **SIZES)
+    assert all(unit.gcn.alpha == 0 for unit in net.units)
+    rows = net.units[0].gcn.A.sum(2)  # the mean of the neighbours, or none
+    assert (rows.isclose(torch.ones(())) | (rows == 0)).all() and (rows == 0).any()
+
+
+def test_settings_of_other_networks():
+    """M1-atmost was trained as M1, and reported as a reading with a gain of 0."""
+    c = Config(**OPTIONS)
+    for change in (dict(exact=False), dict(checkpointing=True)):
+        with pytest.raises(ConfigError, match="needs model='msg3d' or 'stf'"):
+            c.replace(**change)
+    with pytest.raises(ConfigError, match="exact"):
+        ROWS["M4-atmost"].configs(c, 0)
+    with pytest.raises(ConfigError, match="widths must be three multiples of 4"):
+        c.replace(widths=(6, 12, 18))
+    assert same_config(c, c.replace(gcn_scales=5, beta_kernel="3x1", dropout=0.1)) == []
+    stf = c.replace(model="stf-ctrgcn")
+    assert same_config(stf, stf.replace(windows=(5,), beta_kernel="3x1")) == ["beta_kernel"]
 
 
 @pytest.mark.parametrize("channels, T", [(3, 7), (4, 8)])
