@@ -226,10 +226,10 @@ def _check(c: Config):
     if branches := getattr(kind, "temporal_branches", 0):
         sizes = len(c.widths) == 3 and all(w and w % branches == 0 for w in c.widths)
         need(sizes, f"widths must be three multiples of {branches}, got {c.widths}")
-    if not issubclass(kind, MSG3D):
-        for name, usual in (("exact", True), ("checkpointing", False)):
-            need(getattr(c, name) == usual, f"{name}={not usual} needs model='msg3d' or 'stf'")
-    else:
+    other = kind.__module__.startswith("stf.") and not issubclass(kind, MSG3D)  # one of ours
+    need(c.exact or not other, "exact=False needs model='msg3d' or 'stf'")
+    need(not (c.checkpointing and other), "checkpointing=True needs model='msg3d' or 'stf'")
+    if issubclass(kind, MSG3D):
         need(c.windows and all(w % 2 for w in c.windows), f"windows must be odd, got {c.windows}")
         scales = min(c.gcn_scales, c.g3d_scales)
         need(scales > 1 or not kind.has_beta, "STF adds G_k from scale 1 on: gcn_scales and "

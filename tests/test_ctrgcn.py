@@ -7,8 +7,8 @@ import torch.nn.functional as F
 
 from stf.checkpoints import ConfigError, batch_options, load_checkpoint, save_checkpoint
 from stf.ctrgcn import CTRGCN, STFCTRGCN
-from stf.faithfulness import beta_ceiling, focus_measures, randomisation_check
 from stf.experiments import ROWS
+from stf.faithfulness import beta_ceiling, focus_measures, randomisation_check
 from stf.focus import focus_agreement, module_focus, resample_focus
 from stf.losses import LossWeights, STFLoss
 from stf.stf_module import adjacency_statistics
