@@ -17,7 +17,7 @@ from .stgcn import spatial_partition
 
 # %% ../nbs/33_ctrgcn.ipynb #161fef42
 class TopologyRefinement(nn.Module):
-    """CTR-GC, channel-wise topology refinement (Sec. 3.2): (B,C,T,V) → (B,O,T,V).
+    """CTR-GC, channel-wise topology refinement (its paper's Sec. 3.2): (B,C,T,V) → (B,O,T,V).
 
     G (B,K,V,V), if given, is added to the topology that the channels share.
     """
@@ -94,8 +94,9 @@ class CTRGCN(SkeletonNetwork):
         layers: tuple = (4, 3, 3),  # blocks of each group
     ):
         super().__init__(num_classes, skeleton, in_channels, num_bodies)
-        whole = len(widths) == len(layers) == 3 and all(type(n) is int for n in (*widths, *layers))
-        if not whole or min(layers) < 1 or min(widths) < 4 or any(w % 4 for w in widths):
+        sizes = len(widths) == len(layers) == 3 and all(
+            type(n) is int and n > 0 for n in (*widths, *layers))
+        if not sizes or any(w % self.temporal_branches for w in widths):
             raise ValueError("widths must be three multiples of 4 (four temporal branches), layers "
                              f"three numbers ≥ 1, got {widths} and {layers}")
         self.widths, self.layers, self.depth = tuple(widths), tuple(layers), sum(layers)
@@ -113,11 +114,11 @@ class CTRGCN(SkeletonNetwork):
         self.coherence_modules = {"pathways": (below, last), "blocks": (lower, last)}
 
     def blocks(self, h, first=1):
-        "Maps after the blocks from `first` on, by name, from what enters block `first`; β with G."
+        "From what enters block `first`: the maps after it and all later blocks, and [(β, G)]."
         maps, made = {}, []
         for b, unit in enumerate(self.units[first - 1 :], first):
             pairs = self.adjacencies(b, h)
-            maps[f"block{b}"] = h = unit(h, *(G for _, G in pairs))
+            maps[f"block{b}"] = h = unit(h, pairs[0][1] if pairs else None)
             made += pairs
         return maps, made
 

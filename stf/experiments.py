@@ -970,6 +970,7 @@ def demo(folder="data/demo", config=None, synthetic=None, progress=True) -> pd.D
     table.to_csv(folder / "table5.csv")
     print(f"3/3 Table 5: the paper on NTU 60, ours on synthetic clips (one seed: a few points mean "
           f"nothing)\n\n{table.to_string(na_rep='')}\n\ndose of the second stage (Σ steps × rate)"
-          f": {doses}, 27 in the paper (NTU 60). Rows but M1 are trained longer than M1: controls, "
-          f"trained as long without STF, are in README\n{folder}: table5.csv {' '.join(pictures)}")
+          f": {doses}, 27 on NTU 60, as we read the paper. Rows but M1 are trained longer than M1: "
+          f"controls, trained as long without STF, are in README\n"
+          f"{folder}: table5.csv {' '.join(pictures)}")
     return table
