@@ -145,8 +145,11 @@ def find_checkpoint(path) -> Path:
     for file in (Path(path), *(Path(f"{path}{name}.safetensors") for name in names)):
         if file.is_file():
             return file
-    raise FileNotFoundError(f"no checkpoint in {path}: no .safetensors file, nor a folder with one"
-                            "; `stf import-msg3d` makes one of MS-G3D's .pt file")
+    why = ("no .safetensors file, nor a folder with one; `stf import-msg3d` makes one of MS-G3D's "
+           ".pt file" if Path(path).exists() else "there is no such file or folder")
+    if (Path(path) / "rows.npy").exists():
+        why = "it is a store of recordings"
+    raise FileNotFoundError(f"no checkpoint in {path}: {why}")
 
 
 def read_header(path) -> dict:
@@ -242,12 +245,18 @@ def start_from(
     usual, own_sizes = {**_USUAL, "beta_kernel": "3x1"}, network_class(given["model"]).hparams
     sizes = (k for k in net.hparams if k in own_sizes and k != "num_classes")
     keys = ("stream", "preprocess", *_USUAL, *sizes)
+    kind = network_class(given["model"])
+    ours = all(of.__module__.startswith("stf.") for of in (kind, type(net)))
+    if ours and not isinstance(net, kind):
+        raise ConfigError(f"can't start from {path}: its network is {kind.__name__}, this "
+                          f"training's {type(net).__name__}")
     for key in ("classes", "skeleton", *keys)[other_head:]:
         pair = (of.get(key, usual.get(key)) for of in (header, given))
         mine, other = (str(json.loads(json.dumps(value))) for value in pair)
         if mine != other:
+            cure = "; `stf shift` trains a new last layer" if key == "classes" else ""
             raise ConfigError(f"can't start from {path}: its {key} is {other[:60]}, "
-                              f"this training's {mine[:60]}")
+                              f"this training's {mine[:60]}{cure}")
     fresh = ("stf.", getattr(net, "HEAD", "fc."))[: 1 + other_head]
     weights = {k: v for k, v in read_tensors(path).items() if not k.startswith(fresh[1:])}
     same = {k for k, v in weights.items() if k in own and own[k].shape == v.shape}
@@ -273,6 +282,8 @@ def read_public(file) -> tuple:
     "Name → tensor of a public MS-G3D's .pt file, and its sizes (MSG3D's arguments, and joints)."
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as e:  # refused, damaged, or of another format: each has its own type
         called = re.search(r"GLOBAL ([\w.]+)", str(e))
         _refuse(file, f"refused: on loading it would call {called[1]}, which no weights need"

@@ -255,7 +255,8 @@ def train(
     configs, top1 = _trainings(config, test_subjects, folds), {}
     if folds:
         by, _, _ = configs[0].protocol.partition(":")
-        say(f"{folds} folds by {by}" + ", for there are fewer subjects" * (by == "clip"))
+        shared = ": fewer subjects than folds, so the same people train and test" * (by == "clip")
+        say(f"{folds} folds by {by}{shared}")
     for c in configs:
         made = run_stf(c) if both_stages else run(c)
         rows = made.runs if both_stages else {c.name: made}
@@ -365,6 +366,8 @@ def _scores_of(source, store, protocol):
     if path.suffix == ".npz" or not store and (path / "scores.npz").exists():
         return Scores.load(path if path.suffix == ".npz" else path / "scores.npz")
     net, header = load_checkpoint(path)
+    if (path / "config.json").exists() and not (path / "run.json").exists():
+        print(f"{source}: an unfinished run, epochs trained: {header['state']['epoch']}")
     if not store:
         raise ConfigError(f"{source} holds no scores; name a store to compute them: --store data/…")
     data = ClipStore(store)
@@ -398,12 +401,14 @@ def evaluate(
 
     if not sources:
         raise ConfigError("evaluate needs at least one source: a run's folder or a file of scores")
+    if protocol and not store:
+        raise ConfigError(f"--protocol {protocol} chooses clips of a store: add --store data/…")
     parts = {source: _scores_of(source, store, protocol) for source in sources}
     scores = average(*parts.values()) if len(parts) > 1 else parts[sources[0]]
     shown = parts if len(parts) == 1 else {**parts, f"average of {len(parts)}": scores}
     for source, s in shown.items():
         top5 = f"top-5 {top_k(s, 5):6.2f} %   " if len(s.classes) > 5 else ""
-        print(f"top-1 {top_k(s):6.2f} %   {top5}{source}")
+        print(f"top-1 {top_k(s):6.2f} %   {top5}{source} ({len(s):,} clips)")
     wrong = confusions(scores).round(1)
     table = wrong.to_string(index=False) if len(wrong) else "none: all clips are correct"
     print(f"\nmost frequent confusions\n{table}")
@@ -452,7 +457,8 @@ def import_msg3d(
     header = read_header(folder)
     facts = header["stream"], header["num_classes"], header["skeleton"]["name"]
     print("{}: MS-G3D, {} stream, {} classes, {}; STF starts from it:".format(folder, *facts))
-    print(f"  stf train {preset or '<preset>'}-stf-dcg --init {folder} --preprocess msg3d")
+    for losses in ("dcg", "e"):  # M4, Le; `stf evaluate` averages them
+        print(f"  stf train {preset or '<preset>'}-stf-{losses} --init {folder} --preprocess msg3d")
 
 # %% ../nbs/60_command_line.ipynb #19c856eb
 COMMANDS = {  # command: (import path of its function, what it does)
@@ -486,7 +492,9 @@ def named_config(
     if not path.is_file():
         return Config.preset(name)
     config = Config.load(path)
-    return config.replace(folder=str(path.parent)) if path.name == "config.json" else config
+    if path.name != "config.json" or path.parent.resolve() == config.run_folder.resolve():
+        return config  # its second stages get the names that they had
+    return config.replace(folder=str(path.parent))
 
 
 def _with_config(command, config):

@@ -396,8 +396,9 @@ def splits(
     "Training, validation and test clips of a protocol. StoreError if a side is empty."
     train, test = (np.asarray(part, dtype=np.int64) for part in store.split(protocol))
     if not len(train) or not len(test):
+        where = getattr(store, "folder", "the store")
         raise StoreError(f"protocol {protocol!r} leaves {len(train)} training and {len(test)} test "
-                         "clips")
+                         f"clips of {where}: `stf info {where}` shows its protocols and subjects")
     labels = np.asarray(store.labels)
     for i in train[(labels[train] < 0) | (labels[train] >= len(store.classes))][:1]:
         raise StoreError(f"clip {store.names[i]!r} is a training clip, but its label is no class")

@@ -309,7 +309,10 @@ def _network(c: Config, store) -> tuple:
     torch.manual_seed(c.seed)
     net = use_checkpointing(build_network(header), c.checkpointing)
     if c.init:
-        start_from(net, c.init, header, new_head=bool(c.train_only))
+        try:
+            start_from(net, c.init, header, new_head=bool(c.train_only))
+        except FileNotFoundError as e:
+            raise ConfigError(f"init: {e}; train the baseline first, or name another") from None
     for name, p in net.named_parameters():
         p.requires_grad_(not c.train_only or name.startswith(getattr(net, "HEAD", "fc.")))
     return net, header
@@ -584,7 +587,8 @@ Ensemble = namedtuple("Ensemble", "runs scores top1")  # row → Run; probabilit
 def run_stf(config: Config, store=None, progress: bool = True) -> Ensemble:
     "Baseline (M1), then from its weights the L_d + L_c + L_G network (M4) and the L_e network; M5."
     if not getattr(network_class(config.model), "with_stf", None):
-        raise ConfigError("STF starts with the baseline: model='msg3d' or 'ctrgcn'")
+        raise ConfigError("STF starts with a baseline that has an STF network: model='msg3d', or "
+                          f"ctrgcn; not {config.model}")
     stages = {"M1": config, "M4": config.second_stage("dcg"), "Le": config.second_stage("e")}
     runs = {row: run(stage, store, progress) for row, stage in stages.items()}
     scores = average(runs["M4"].scores, runs["Le"].scores)
@@ -605,7 +609,7 @@ def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) ->
 
     state, sizes = read_public(file)
     joints, count = sizes.pop("joints"), sizes["num_classes"]
-    need(stream or preset, "give stream='joint' or 'bone', or a preset: the file doesn't tell")
+    need(stream or preset, "give stream='joint', or bone, or a preset: the file doesn't tell")
     c = Config.preset(preset) if preset else Config(stream=stream)
     own = {k: sizes[k] for k in sizes if hasattr(c, k)} | {"stream": stream or c.stream}
     known = _PUBLIC_CLASSES.get(count, "")
@@ -617,7 +621,8 @@ def import_msg3d(file, folder, stream="", preset="", skeleton="", classes=()) ->
         skeleton = fitting.get(skeleton or next(iter(fitting), ""))
     fits = getattr(skeleton, "num_joints", 0) == joints
     need(fits, f"was trained on {joints} joints; skeletons with so many: {[*fitting]}")
-    need(classes or known, f"has {count} outputs: name them")
+    need(classes or known, f"has {count} outputs: name them in order, classes=…")
+    need(sizes["in_channels"] == 3, f"has {sizes['in_channels']} input channels, public weights 3")
     try:
         net = load_msg3d(MSG3D(skeleton=skeleton, **sizes), state)
     except (ValueError, RuntimeError, ZeroDivisionError) as e:

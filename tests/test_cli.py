@@ -32,6 +32,8 @@ def typed(monkeypatch, *words):
     ("train ntu60-xsub-join", "did you mean 'ntu60-xsub-joint'"), ("train", "needs a preset"),
     ("train ucla-small --data nowhere --folder {tmp}/r", "nowhere"),
     ("evaluate", "at least one source"), ("evaluate {tmp}", "no checkpoint in"),
+    ("evaluate {tmp} --protocol subject=1", "add --store"),
+    ("evaluate {tmp}/none", "none: there is no such file or folder"),
     ("info {tmp}/none", "no checkpoint"), ("prepare {tmp}/none {tmp}/s", "none"),
     ("train ucla-small --lr -1", "lr must be of type float ≥ 0"),
     ("train ucla-small --no-such 1", "no-such"), ("trian", "trian"),
@@ -141,13 +143,27 @@ def test_folds_and_test_subjects_are_protocols(store, monkeypatch, capsys):
     assert "synthetic-fold3: top-1 30.00 %" in said and "top-1: 25.00 ± 12.91 %, mean" in said
     typed(monkeypatch, *words, "--folds", 5, "--both-stages")
     said = capsys.readouterr().out
-    assert seen[-1] == ("synthetic-fold5", "", "clip:5/5") and "5 folds by clip, for" in said
+    assert seen[-1] == ("synthetic-fold5", "", "clip:5/5") and "by clip: fewer subjects" in said
     assert "M1: 30.00 ± 15.81 %" in said and "M5: 93.00 ± 1.58 %" in said
     for wrong, message in (("--folds 1", "from 2 to 12"), ("--folds -2", "from 2 to 12"),
                            ("--folds 2 --test-subjects 2", "give one of them")):
         with pytest.raises(SystemExit):
             typed(monkeypatch, *words, *wrong.split())
         assert message in capsys.readouterr().err
+
+
+def test_a_run_given_by_its_folder_keeps_the_names_of_its_second_stages(tmp_path, monkeypatch):
+    """`stf train data/runs/a-seed0 --both-stages` trained both stages anew, under other names."""
+    monkeypatch.chdir(tmp_path)
+    for config, folder in ((tiny(name="a", folder=""), "data/runs/a-seed0"),
+                           (tiny(name="b", folder="own"), "own")):
+        Path(folder).mkdir(parents=True)
+        Path(folder, "config.json").write_text(config.to_json())
+        found = cli.named_config(folder)
+        assert found.second_stage("e").run_folder == config.second_stage("e").run_folder
+        assert found.run_folder == Path(folder)
+    Path("own").rename("moved")
+    assert cli.named_config("moved").second_stage("e").run_folder == Path("moved-stf-e")
 
 
 def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa: F811

@@ -902,7 +902,7 @@ def test_public_weights_are_imported(tmp_path, public, change):
 
 
 @pytest.mark.parametrize("change, options, message", [
-    (dict(), dict(stream=""), "stream='joint' or 'bone'"),
+    (dict(), dict(stream=""), "stream='joint', or bone"),
     (dict(), dict(stream="bones"), "did you mean 'bone'"),
     (dict(), dict(classes=list("abc")), "60 outputs, but 3 class names"),
     (dict(), dict(skeleton="kinect20"), "on 25 joints; skeletons with so many: .'ntu25'"),
