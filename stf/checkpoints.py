@@ -282,8 +282,8 @@ def read_public(file) -> tuple:
     "Name → tensor of a public MS-G3D's .pt file, and its sizes (MSG3D's arguments, and joints)."
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
+    except OSError as e:
+        _refuse(file, e.strerror or e)
     except Exception as e:  # refused, damaged, or of another format: each has its own type
         called = re.search(r"GLOBAL ([\w.]+)", str(e))
         _refuse(file, f"refused: on loading it would call {called[1]}, which no weights need"

@@ -506,7 +506,7 @@ def test_run_stf_chains_and_averages(tmp_path):
     assert {"ce", "d", "c", "g", "g_ratio", "g_spread"} <= set(dcg.history)
     mean = (e.scores.probabilities + dcg.scores.probabilities) / 2
     assert np.allclose(both.scores.probabilities, mean) and both.top1 == top_k(both.scores)
-    with pytest.raises(ConfigError, match="starts with the baseline"):
+    with pytest.raises(ConfigError, match="starts with a baseline .*not stf"):
         run_stf(dcg.config, TinyStore(), progress=False)
     with pytest.raises(ConfigError, match=r"unknown \['stf\."):  # an STF network starts no MS-G3D
         go(tmp_path / "x", init=str(e.folder))
@@ -943,7 +943,7 @@ class Calls:
     (lambda p, real: p.write_bytes(b""), "not a file of tensors"),
     (lambda p, real: p.write_bytes(POINTER), "x.pt: a Git LFS pointer"),
     (lambda p, real: p.write_bytes(real.read_bytes()[:-5000]), "not a file of tensors"),
-    (lambda p, real: None, r"x.pt: not a file of tensors.*FileNotFoundError")])
+    (lambda p, real: None, "x.pt: No such file or directory")])
 def test_hostile_and_broken_files_are_refused(tmp_path, public, monkeypatch, write, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "x.pt", public[0])
