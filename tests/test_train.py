@@ -508,7 +508,7 @@ def test_run_stf_chains_and_averages(tmp_path):
     assert np.allclose(both.scores.probabilities, mean) and both.top1 == top_k(both.scores)
     with pytest.raises(ConfigError, match="starts with a baseline .*not stf"):
         run_stf(dcg.config, TinyStore(), progress=False)
-    with pytest.raises(ConfigError, match=r"unknown \['stf\."):  # an STF network starts no MS-G3D
+    with pytest.raises(ConfigError, match="its network is STFNet, this training's MSG3D"):
         go(tmp_path / "x", init=str(e.folder))
     go(tmp_path / "t", model="stf", losses="", epochs=1, init=str(e.folder))
 
