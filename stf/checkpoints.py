@@ -242,10 +242,9 @@ def start_from(
     given, own = read_header(path), net.state_dict()
     header = {**header, **vars(net), "skeleton": asdict(net.skeleton)}
     other_head = new_head and given["classes"] != list(header["classes"])
-    usual, own_sizes = {**_USUAL, "beta_kernel": "3x1"}, network_class(given["model"]).hparams
-    sizes = (k for k in net.hparams if k in own_sizes and k != "num_classes")
+    usual, kind = {**_USUAL, "beta_kernel": "3x1"}, network_class(given["model"])
+    sizes = (k for k in net.hparams if k in kind.hparams and k != "num_classes")
     keys = ("stream", "preprocess", *_USUAL, *sizes)
-    kind = network_class(given["model"])
     ours = all(of.__module__.startswith("stf.") for of in (kind, type(net)))
     if ours and not isinstance(net, kind):
         raise ConfigError(f"can't start from {path}: its network is {kind.__name__}, this "

@@ -366,7 +366,7 @@ def _scores_of(source, store, protocol):
     if path.suffix == ".npz" or not store and (path / "scores.npz").exists():
         return Scores.load(path if path.suffix == ".npz" else path / "scores.npz")
     net, header = load_checkpoint(path)
-    if (path / "config.json").exists() and not (path / "run.json").exists():
+    if header.get("state") and (path / "config.json").exists() and not (path / "run.json").exists():
         print(f"{source}: an unfinished run, epochs trained: {header['state']['epoch']}")
     if not store:
         raise ConfigError(f"{source} holds no scores; name a store to compute them: --store data/…")

@@ -166,6 +166,12 @@ def test_a_run_given_by_its_folder_keeps_the_names_of_its_second_stages(tmp_path
     assert cli.named_config("moved").second_stage("e").run_folder == Path("moved-stf-e")
 
 
+def test_a_store_is_no_checkpoint(store, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        typed(monkeypatch, "evaluate", store)
+    assert "it is a store of recordings" in capsys.readouterr().err
+
+
 def test_evaluate_fuses_and_saves(made, monkeypatch, capsys, tmp_path):  # noqa: F811
     folder, records = made
     first, a, b = (folder / f"run-seed0{t}" for t in ("", "-stf-dcg", "-stf-e"))
@@ -192,6 +198,9 @@ def test_info_of_a_stopped_run(tmp_path, monkeypatch, capsys):
         run(config, pressing(2), progress=False)
     typed(monkeypatch, "info", config.run_folder)
     assert "epochs trained: 0, steps of the next: 1" in capsys.readouterr().out
+    with pytest.raises(SystemExit):  # evaluated as if it were finished
+        typed(monkeypatch, "evaluate", config.run_folder)
+    assert "an unfinished run, epochs trained: 0" in capsys.readouterr().out
 
 
 @pytest.mark.slow
