@@ -58,11 +58,12 @@ def occlusion_curve(
 ) -> torch.Tensor:  # (N, steps+1): probability of the class predicted for the whole clip
     "Deletion or insertion curve of each clip."
     rank = _ranks(importance, (x != 0).flatten(1, 3).any(1), seed)
-    classes, points = net(x).argmax(1, keepdim=True), []
-    for share in torch.linspace(0, 1, steps + 1).tolist():
+    whole, classes = net(x).softmax(1).max(1, keepdim=True)
+    shares, points = torch.linspace(0, 1, steps + 1).tolist(), []
+    for share in shares[:-1] if insert else shares[1:]:
         gone = rank >= share if insert else rank < share
         points.append(net(occlude(x, gone, fill)).softmax(1).gather(1, classes))
-    return torch.cat(points, 1)
+    return torch.cat([*points, whole] if insert else [whole, *points], 1)
 
 # %% ../nbs/23_focus_measures.ipynb #06945d10
 def _motion_map(

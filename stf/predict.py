@@ -145,7 +145,7 @@ class _Loaded(NamedTuple):
 
 
 def _layout(skeleton):  # what counts: all but its name
-    return replace(skeleton, name="")
+    return {**vars(skeleton), "name": ""}
 
 
 def _named(skeleton):
