@@ -914,6 +914,7 @@ def test_public_weights_are_imported(tmp_path, public, change):
     ({"fc.weight": torch.ones(7, 6), "fc.bias": torch.ones(7)}, {}, "has 7 outputs: name them"),
     ({"fc.weight": torch.tensor(1.0)}, {}, r"'fc.weight' is \(\)"),
     ({"sgcn1.0.A_res": torch.zeros(0, 25)}, {}, r"'sgcn1.0.A_res' is \(0, 25\)"),
+    ({"sgcn1.0.mlp.layers.0.weight": torch.ones(6, 8, 1, 1)}, {}, "has 4 input channels, public"),
     ({"stranger": torch.zeros(1)}, {}, r"1 unknown \['stranger'\]"),
     ({"fc.bias": torch.ones(60) * torch.nan}, {}, "fc.bias and 0 other tensors hold .* not finite"),
     ({"data_bn.weight": torch.ones(75)}, {}, "data_bn"),
