@@ -149,6 +149,9 @@ def find_checkpoint(path) -> Path:
            ".pt file" if Path(path).exists() else "there is no such file or folder")
     if (Path(path) / "rows.npy").exists():
         why = "it is a store of recordings"
+    near = sorted(map(str, Path(path).parent.glob("*-fold*")))
+    if folds := [file for file in near if file.startswith(f"{Path(path)}-fold")]:
+        why = f"{path} was trained in folds, each a run: {' '.join(folds)}"
     raise FileNotFoundError(f"no checkpoint in {path}: {why}")
 
 

@@ -55,7 +55,8 @@ def _show_store(store, **more):
     subjects = dict.fromkeys(of["tags"]["subject"] for of in about if "subject" in of["tags"])
     split = any(of["split"] for of in about)
     why = "no split has both sides" if split else "the clips have no split"
-    subjects = f", or --test-subjects of {', '.join(map(str, subjects))}" if subjects else ""
+    subjects = (f", or --test-subjects of {', '.join(map(str, subjects))}" if subjects else
+                " (of clips, since no subjects are named)")
     sides = [f"{p}: {a:,} training, {b:,} test" for p, (a, b) in _protocols(store).items()]
     table = {
         "store": store.folder,
@@ -157,7 +158,8 @@ def prepare(
 
 # %% ../nbs/60_command_line.ipynb #999a8d3a
 def _result(run):
-    return f"top-1 {run.top1:.2f} % of {len(run.scores)} test clips after epoch {len(run.history)}"
+    text = f"top-1 {run.top1:.2f} % of {len(run.scores)} test clips after epoch {len(run.history)}"
+    return text + ", all predicted as one class" * (len({*run.scores.predicted}) == 1)
 
 
 def info(
@@ -255,8 +257,8 @@ def train(
     configs, top1 = _trainings(config, test_subjects, folds), {}
     if folds:
         by, _, _ = configs[0].protocol.partition(":")
-        shared = ": fewer subjects than folds, so the same people train and test" * (by == "clip")
-        say(f"{folds} folds by {by}{shared}")
+        shared = ": fewer subjects are named than folds, so the same people train and test"
+        say(f"{folds} folds by {by}{shared * (by == 'clip')}")
     for c in configs:
         made = run_stf(c) if both_stages else run(c)
         rows = made.runs if both_stages else {c.name: made}
@@ -360,9 +362,6 @@ def _scores_of(source, store, protocol):
     from stf.evaluate import Scores, predict_scores
 
     path = Path(source)
-    folds = sorted(map(str, path.parent.glob(f"{path.name}-fold*")))
-    if folds and not path.exists():
-        raise ConfigError(f"{source} was trained in folds, each a run: {' '.join(folds)}")
     if path.suffix == ".npz" or not store and (path / "scores.npz").exists():
         return Scores.load(path if path.suffix == ".npz" else path / "scores.npz")
     net, header = load_checkpoint(path)

@@ -25,7 +25,7 @@ matplotlib.use("Agg")
 from stf import cli  # noqa: E402
 from stf import predict as stf_predict  # noqa: E402
 from stf.backbone import MSG3D  # noqa: E402
-from stf.checkpoints import save_checkpoint  # noqa: E402
+from stf.checkpoints import find_checkpoint, save_checkpoint  # noqa: E402
 from stf.clips import Clip, ClipError, open_clips  # noqa: E402
 from stf.dataset import ClipStore, StoreError  # noqa: E402
 from stf.predict import Predictor, predict_all  # noqa: E402
@@ -642,6 +642,8 @@ def test_folds_are_named_where_a_run_is_asked_for(stf):
     for k in (1, 2):
         Path(f"run-fold{k}").mkdir()
     assert "run was trained in folds, each a run: run-fold1 run-fold2" in stf("evaluate run")[2]
+    with pytest.raises(FileNotFoundError, match="each a run: run-fold1 run-fold2"):
+        find_checkpoint("run")  # as `predict` does
 
 
 # --- silent wrong answers of the second edition
