@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,21 @@ def test_files_without_a_skeleton_have_the_networks(nets, tmp_path):
     assert p.focus.shape == (1, 12, 3) and p.clip.skeleton.name == "hand"
     with pytest.raises(MismatchError, match="wave.npz: .*unnamed, 3 joints.*'ntu25', 25 joints"):
         predict(tmp_path / "wave.npz", nets["joint"])
+
+
+@pytest.mark.parametrize("change", [
+    dict(joints=("palm", "wrist", "tip")), dict(bones=((1, 0), (2, 0))), dict(centre=1),
+    dict(height=(0, 1)), dict(spine=(0, 1)), dict(shoulders=(1, 2))])
+def test_layouts_are_compared_but_for_their_name(tmp_path, change):
+    renamed, other = replace(HAND, name="paw"), replace(HAND, **change)
+    nets = [network(tmp_path / s.name / str(i), skeleton=s)
+            for i, s in enumerate((HAND, renamed, other))]
+    with pytest.raises(CheckpointError, match="can't be averaged: skeletons"):
+        Predictor([nets[0], nets[2]])
+    both, clip = Predictor(nets[:2]), replace(random_clip(0, V=3, M=1), skeleton=renamed)
+    assert both([clip])[0].clip.skeleton == HAND
+    with pytest.raises(MismatchError, match="its skeleton is 'hand'"):
+        both([replace(clip, skeleton=other)])
 
 
 def test_coordinates_and_preprocessing_must_fit(nets):
