@@ -150,7 +150,8 @@ def find_checkpoint(path) -> Path:
     if (Path(path) / "rows.npy").exists():
         why = "it is a store of recordings"
     near = sorted(map(str, Path(path).parent.glob("*-fold*")))
-    if folds := [file for file in near if file.startswith(f"{Path(path)}-fold")]:
+    folds = [file for file in near if file.startswith(f"{Path(path)}-fold")]
+    if folds and not Path(path).exists():
         why = f"{path} was trained in folds, each a run: {' '.join(folds)}"
     raise FileNotFoundError(f"no checkpoint in {path}: {why}")
 

@@ -158,8 +158,10 @@ def prepare(
 
 # %% ../nbs/60_command_line.ipynb #999a8d3a
 def _result(run):
-    text = f"top-1 {run.top1:.2f} % of {len(run.scores)} test clips after epoch {len(run.history)}"
-    return text + ", all predicted as one class" * (len({*run.scores.predicted}) == 1)
+    s, epoch = run.scores, len(run.history)
+    one_class = len({*s.predicted}) == 1 < len({*s.labels})
+    return (f"top-1 {run.top1:.2f} % of {len(s)} test clips after epoch {epoch}"
+            + ", all predicted as one class" * one_class)
 
 
 def info(
