@@ -59,7 +59,8 @@ class _GraphConv(nn.Module):
         product, A = partial(self.product, conv.weight, conv.bias), self.adjacency()
         if self.checkpointing and torch.is_grad_enabled():
             parts = zip(x.chunk(4), [None] * 4 if G is None else G.chunk(4))
-            y = [checkpoint(product, h, A, g, use_reentrant=False) for h, g in parts]
+            save = partial(checkpoint, product, use_reentrant=False, preserve_rng_state=False)
+            y = [save(h, A, g) for h, g in parts]
             return F.relu(bn(torch.cat(y)), inplace=True)
         return F.relu(bn(product(x, A, G)), inplace=True)
 

@@ -721,6 +721,7 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
     _check_rows(rows)
     trained, records = [row for row in ROWS if row in rows and not ROWS[row].average], []
     plan = [(row, seed) for seed in seeds for row in trained]
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     for row, seed in tqdm(plan, f"focus {config.name}", disable=not progress):
         c, *starts = ROWS[row].configs(config, seed)[::-1]
         path = _path(results, "focus", config.name, row, seed)
@@ -730,7 +731,7 @@ def focus_records(config, rows=("M1", "CE", "STF-CE", "M2", "Ld", "Lg", "M3", "M
             r, options = run(c, store, progress=False), batch_options(vars(c))
             part = store.subset(classes=list(c.classes)) if c.classes else store
             train, test = part.split(c.protocol)
-            what, more = (r.network(), part, test, options), {}
+            what, more = (r.network(device), part, test, options), {}
             if folder is not None:
                 seen, known = (known_answer(part, k, folder, options) for k in (train, test))
                 common = class_mean(seen, part.labels[train], part.labels[test])
@@ -829,8 +830,8 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
         known = None if folder is None else known_answer(store, t.test, folder, options)
         for epoch in range(max(epochs) + 1):
             if epoch in epochs:
-                vars(t.net).pop("features", None)  # measured on the CPU, not compiled
-                net = copy.deepcopy(t.net).cpu().eval()
+                vars(t.net).pop("features", None)  # measured as it is, not compiled
+                net = copy.deepcopy(t.net).eval()
                 found = focus_measures(net, store, t.test, options, known=known).mean()
                 reached = {"dose": dose(c, len(t.train), epoch), **trained}
                 curve.append(reached | found.dropna().to_dict())
@@ -839,7 +840,8 @@ def dose_curve(config: Config, label: str, epochs, results="data/results", store
                 trained = {"train_top1": t.means()["train_top1"]}
                 t.state.update(epoch=epoch + 1, step=0, sums={})
         if c.loss_weights.g:
-            seen, unseen = (store.batch(part, **t.input)[0] for part in (t.train, t.test))
+            seen, unseen = (store.batch(part, **t.input)[0].to(a.device)
+                            for part in (t.train, t.test))
             more = {"ceiling": beta_ceiling(net, seen, unseen)}
     return _write_measured(path, "dose", c.name, label, c, where, curve=curve, **more)
 

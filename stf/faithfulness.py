@@ -101,14 +101,14 @@ def faithfulness(
     seed: int = 0,  # of the random map, and of ties
 ) -> dict:  # (curve, map) → (N, steps+1) probabilities
     'Curves "deletion" and "insertion" by the maps "focus", "motion" and "random".'
-    parts = {}
+    parts, device = {}, next(net.parameters()).device
     for start in range(0, len(clips), batch_size):
-        x, _ = store.batch(clips[start : start + batch_size], **options)
+        x, _ = store.batch(clips[start : start + batch_size], device=device, **options)
         for name, importance in importance_maps(net, x, score, seed + start).items():
             for kind in ("deletion", "insertion"):
                 curve = occlusion_curve(net, x, importance, kind == "insertion", fill, steps, seed)
                 parts.setdefault((kind, name), []).append(curve)
-    return {key: torch.cat(p).double().numpy() for key, p in parts.items()}
+    return {key: torch.cat(p).double().cpu().numpy() for key, p in parts.items()}
 
 # %% ../nbs/23_focus_measures.ipynb #85f8576f
 def areas(
@@ -143,9 +143,9 @@ def reinitialise(
     seed: int = 0,
 ) -> torch.nn.Module:
     "A copy of a network with fresh weights in some parts."
-    with torch.random.fork_rng():
+    with torch.random.fork_rng([]):  # the CPU's, where networks are made
         torch.manual_seed(seed)
-        fresh = build_network(header).eval()
+        fresh = build_network(header).eval().to(x.device)
     chosen = lambda name: name.startswith(tuple(f"{part}." for part in parts))
     kept = {k: v for k, v in net.state_dict().items() if not chosen(k)}
     fresh.load_state_dict(kept, strict=False)
@@ -256,9 +256,9 @@ def beta_ceiling(
 
     (learnt, q, present), (tested, goal, there), found = inputs(x), inputs(unseen), []
     for h, new in zip(learnt, tested):
-        with torch.random.fork_rng():
+        with torch.random.fork_rng([]):
             torch.manual_seed(seed)
-            beta = type(net.stf[0].beta)(h.shape[1], net.beta_kernel)
+            beta = type(net.stf[0].beta)(h.shape[1], net.beta_kernel).to(h.device)
             optimizer = torch.optim.Adam(beta.parameters(), 0.01)
             rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
             target = resample_focus(q, h.shape[2]).flatten(0, 1)
@@ -293,18 +293,19 @@ def focus_measures(
     places; is it right? Where the answer is known: Q on it, and localisation by Q under both
     scores, by motion, chance and other maps.
     """
-    frames = []
+    frames, device = [], next(net.parameters()).device
+    seeded = [device] if device.type == "cuda" else []
     for start in range(0, len(clips), batch_size):
         part = slice(start, start + batch_size)
-        x, y = store.batch(clips[part], **options)
-        with torch.no_grad(), torch.random.fork_rng():
+        x, y = store.batch(clips[part], device=device, **options)
+        with torch.no_grad(), torch.random.fork_rng(seeded):
             torch.manual_seed(start)
             f = net.features(x)
             logits = net.head(f.last)
             top = logits.topk(2).indices.t()
             q = {score: [grad_cam(f, net.head, classes, score) for classes in top]
                  for score in ("probability", "logit")}
-            own, nothing = q["probability"][0], torch.full((len(x),), torch.nan)
+            own, nothing = q["probability"][0], x.new_full((len(x),), torch.nan)
             alike = (f.present == f.present.roll(1, 0)).all(1) & (len(x) > 1)  # as many bodies
             follow, other = ([focus_agreement(b, resample_focus(m, b.shape[2]), f.present)
                               for b in f.beta] or [nothing] * 6 for m in (own, own.roll(1, 0)))
@@ -328,13 +329,14 @@ def focus_measures(
             "probability, as much hidden at random": left[1], "correct": (top[0] == y).float()}
         if known is not None:
             maps = {score: resample_focus(pair[0], x.shape[2]) for score, pair in q.items()}
-            inside = known[part] & f.present[:, :, None, None]
+            answer = known[part].to(device)
+            inside = answer & f.present[:, :, None, None]
             on = (maps["probability"] * inside).sum((1, 2, 3)) / inside.sum((1, 2, 3))
             found["mean of Q on the answer"] = on
-            maps |= {"motion": _motion_map(x), "chance": torch.zeros(known[part].shape)}
+            maps |= {"motion": _motion_map(x), "chance": torch.zeros_like(answer, dtype=x.dtype)}
             for name, m in (maps | {k: m[part] for k, m in (others or {}).items()}).items():
-                ways = localisation(m, known[part], f.present)
+                ways = localisation(m.to(device), answer, f.present)
                 found |= {f"{way} ({name})": v for way, v in ways.items()}
         names = [store.names[i] for i in clips[part]]
-        frames.append(pd.DataFrame({k: v.numpy() for k, v in found.items()}, index=names))
+        frames.append(pd.DataFrame({k: v.cpu().numpy() for k, v in found.items()}, index=names))
     return pd.concat(frames).rename_axis("clip")

@@ -51,6 +51,7 @@ def one_accelerator(
             cpu=device == "cpu" or not cuda, log_with=tracker or None, project_dir=folder,
             mixed_precision="no" if precision == "float32" else precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate),
+            dynamo_backend="no",  # whatever a launcher's configuration says: Config has `compile`
             dataloader_config=DataLoaderConfiguration(even_batches=False, non_blocking=True))
         if a.distributed_type not in ("NO", "MULTI_CPU", "MULTI_GPU"):
             raise ConfigError(f"{a.distributed_type}: only plain data parallel is supported")
@@ -90,7 +91,7 @@ def memory_advice(what: str):
         yield
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("CUDA.*out of memory|can't allocate memory", str(e)):
+        if not known and not re.search("CUDA.*out of memory|ALLOC_FAILED|can't allocate", str(e)):
             raise
         raise MemoryError(f"out of memory with {what}. The last checkpoint, if any, is kept: go on "
                           "with a larger accumulate, with bf16 or checkpointing, or begin anew "

@@ -344,6 +344,8 @@ class Training:
         self.loss, self.optimizer, self.loader = a.prepare(loss, optimizer, loader)
         self.scores = partial(predict_scores, net, store, progress=False, accelerator=a,  # of clips
                               batch_size=-(-c.batch_size // c.accumulate), **options)
+        if c.compile:
+            torch.compiler.reset()  # a process may compile 8 graphs; earlier trainings' count, too
         self.compiled = torch.compile(net.features, dynamic=False) if c.compile else None
         self.began = time.perf_counter()
         self.state = dict(epoch=0, step=0, sums={}, history=[], seconds=0.0, best={}, changes=[],
@@ -535,7 +537,7 @@ def _claim(config: Config, data: list) -> dict:
 
 # %% ../nbs/22_train.ipynb #c9b0849d
 def run(config: Config, store=None, progress: bool = True) -> Run:
-    """One training, on an open ClipStore or the one in config.data: the same numbers for one seed.
+    """One training, on an open ClipStore or that in config.data; on the CPU one seed, one result.
 
     Called again it returns what is finished, or goes on after its last checkpoint; the processes of
     a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if a

@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 import stf.backbone
 from stf.backbone import (MSG3D, MultiScaleTemporalConv, batch_statistics, frozen_norms, load_msg3d,
                           use_checkpointing)  # fmt: skip
-from stf.ctrgcn import CTRGCN
+from stf.ctrgcn import CTRGCN, STFCTRGCN
 from stf.focus import grad_cam, module_focus
 from stf.losses import LossWeights, STFLoss
 from stf.skeleton import SKELETONS, Skeleton
@@ -185,6 +186,22 @@ def test_each_option_runs_and_differs(net):
     for wrong in (dict(score="x"), dict(coherence="x"), dict(norm="x"), dict(divergence="x")):
         with pytest.raises(ValueError, match="must be"):
             value(**wrong)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("make, more", [(STFNet, SMALL), (STFCTRGCN, {"widths": (8, 16, 32)})])
+@pytest.mark.parametrize("options", [
+    {}, {"control": "shuffled"}, {"control": "random"}, {"coherence": "blocks", "guide": True},
+    {"divergence": "overlap", "score": "logit", "exploration": "score"}], ids=str)
+def test_a_step_takes_nothing_from_the_host(monkeypatch, checkpointing, make, more, options):
+    """The device "meta" has no values. A tensor that stays on the CPU is an error there, as on a
+    GPU; so is reading a value, for which a GPU would have to end what it does."""
+    monkeypatch.setattr(torch, "autocast", lambda *args, **_: nullcontext())  # not on "meta"
+    net = use_checkpointing(make(60, NTU, 4, **more), checkpointing).to("meta")
+    x = torch.empty(4, 4, 16, 25, 2, device="meta")
+    loss = STFLoss(net, LossWeights(), **options)(x, torch.empty(4, dtype=int, device="meta"))
+    loss["loss"].backward()
+    assert {v.device.type for v in loss.values()} == {"meta"}
 
 
 @each_network

@@ -1,9 +1,11 @@
 """Intervals, tests and corrections: known values, and what holds for any; measures of the focus."""
+import copy
 from dataclasses import replace
 from fractions import Fraction
 from math import comb
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +16,8 @@ from stf.checkpoints import ConfigError, batch_options, load_checkpoint
 from stf.clips import open_clips
 from stf.dataset import ClipStore
 from stf.evaluate import Scores, class_tests, differences, mcnemar, paired_interval, verdict
-from stf.faithfulness import (areas, class_mean, focus_measures, known_answer, localisation,
-                              occlude, occlusion_curve, reinitialise)
+from stf.faithfulness import (areas, beta_ceiling, class_mean, faithfulness, focus_measures,
+                              known_answer, localisation, occlude, occlusion_curve, reinitialise)
 from stf.focus import grad_cam
 from stf.losses import LossWeights, STFLoss, mask_input, permute_focus
 from stf.preparation import prepare
@@ -193,9 +195,10 @@ def test_what_is_occluded():
         assert torch.equal(made[:, :, 3:], x[:, :, 3:]) and torch.equal(made[..., 1], x[..., 1])
 
 
-def test_fresh_weights_are_in_the_named_parts_only(tmp_path):
+def test_fresh_weights_are_in_the_named_parts_only(tmp_path, monkeypatch):
     store, config = TinyStore(), quick(tmp_path / "r")
     run(config, store, progress=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)  # cards that nothing here is on
     net, header = load_checkpoint(config.run_folder)
     x, before = store.batch(np.arange(6), **batch_options(header))[0], net.state_dict()
     fresh = reinitialise(net, header, ("fc", "tcn3"), x)
@@ -233,6 +236,29 @@ def test_fresh_weights_are_in_the_named_parts_only(tmp_path):
     np.testing.assert_allclose(right["β follows Q"], 1, atol=1e-5)
     assert (right[own] > 0).all()
     np.testing.assert_allclose(wrong[own], -right[own], atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_measures_on_cuda_are_those_on_the_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    store, config = TinyStore(), quick(tmp_path / "r", model="stf", device="cpu")
+    net = run(config, store, progress=False).network()
+    header, other = load_checkpoint(config.run_folder)[1], copy.deepcopy(net).to("cuda")
+    options, clips = batch_options(header), [14, 15, 16]
+    known = torch.rand(3, 1, 8, 3) < 0.4
+    more = dict(known=known, others={"itself": known.float()})
+    here, there = (focus_measures(n, store, clips, options, **more) for n in (net, other))
+    drawn = "probability, as much hidden at random"
+    pd.testing.assert_frame_equal(here.drop(columns=drawn), there.drop(columns=drawn), atol=0.01)
+    assert there[drawn].notna().all()
+    here, there = (faithfulness(n, store, clips, options) for n in (net, other))
+    np.testing.assert_allclose(here["insertion", "focus"], there["insertion", "focus"], atol=0.01)
+    x = store.batch(clips, **options)[0]
+    here, there = (beta_ceiling(n, v, v, 3) for n, v in ((net, x), (other, x.to("cuda"))))
+    np.testing.assert_allclose(here, there, atol=0.01)
+    fresh = [reinitialise(net, header, ("fc",), v)(v) for v in (x, x.to("cuda"))]
+    torch.testing.assert_close(fresh[0], fresh[1].cpu(), atol=0.01, rtol=0)
 
 
 # ---- the known answer

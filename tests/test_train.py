@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -803,6 +804,24 @@ def test_compiled_training_is_the_eager_one_and_resumes(tmp_path, interruptible)
     pd.testing.assert_frame_equal(compiled.history, eager.history, rtol=1e-3, atol=1e-3)
 
 
+def test_each_training_of_a_process_is_compiled(tmp_path, monkeypatch):
+    "Dynamo compiles a function for 8 inputs of one process, then runs it as it is, with a warning."
+    compile = partial(torch.compile, backend="eager")
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    for width in (6, 12):
+        go(tmp_path / f"{width}", compile=True, epochs=1, batch_size=7, widths=(6, 6, width))
+
+
+def test_a_launcher_does_not_compile(monkeypatch):
+    "Its configuration reaches us by the environment; the losses can't be compiled whole."
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    with one_accelerator("cpu") as a:
+        net = a.prepare(torch.nn.Linear(2, 2))
+        assert type(net) is torch.nn.Linear
+
+
 # ---- a real store
 
 
@@ -987,6 +1006,8 @@ def test_cuda_training_stops_and_goes_on(tmp_path, of, clips, interruptible, mon
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path / "c", clips, **options)
     again = go(tmp_path / "c", clips, **options)
-    pd.testing.assert_frame_equal(again.history, whole.history, rtol=0.05, atol=0.05)
+    near = {"train_top1": 15}  # sums differ from run to run, and two of 14 clips may go over
+    for column, values in whole.history.items():
+        np.testing.assert_allclose(again.history[column], values, 0.05, near.get(column, 0.05))
     with pytest.raises(FloatingPointError, match=r"Clips of this step: .*\bclip3\b"):
         go(tmp_path / "n", spoilt(3), device="cuda")
