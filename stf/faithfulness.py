@@ -144,7 +144,7 @@ def reinitialise(
 ) -> torch.nn.Module:
     "A copy of a network with fresh weights in some parts."
     with torch.random.fork_rng([]):  # the CPU's, where networks are made
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         fresh = build_network(header).eval().to(x.device)
     chosen = lambda name: name.startswith(tuple(f"{part}." for part in parts))
     kept = {k: v for k, v in net.state_dict().items() if not chosen(k)}
@@ -257,7 +257,7 @@ def beta_ceiling(
     (learnt, q, present), (tested, goal, there), found = inputs(x), inputs(unseen), []
     for h, new in zip(learnt, tested):
         with torch.random.fork_rng([]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             beta = type(net.stf[0].beta)(h.shape[1], net.beta_kernel).to(h.device)
             optimizer = torch.optim.Adam(beta.parameters(), 0.01)
             rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -299,7 +299,7 @@ def focus_measures(
         part = slice(start, start + batch_size)
         x, y = store.batch(clips[part], device=device, **options)
         with torch.no_grad(), torch.random.fork_rng(seeded):
-            torch.manual_seed(start)
+            (torch if seeded else torch.default_generator).manual_seed(start)
             f = net.features(x)
             logits = net.head(f.last)
             top = logits.topk(2).indices.t()

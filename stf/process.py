@@ -91,7 +91,7 @@ def memory_advice(what: str):
         yield
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("CUDA.*out of memory|ALLOC_FAILED|can't allocate", str(e)):
+        if not known and not re.search("CUDA.*out of memory|ALLOC.*_FAILED|can't allocate", str(e)):
             raise
         raise MemoryError(f"out of memory with {what}. The last checkpoint, if any, is kept: go on "
                           "with a larger accumulate, with bf16 or checkpointing, or begin anew "

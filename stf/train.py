@@ -537,11 +537,12 @@ def _claim(config: Config, data: list) -> dict:
 
 # %% ../nbs/22_train.ipynb #c9b0849d
 def run(config: Config, store=None, progress: bool = True) -> Run:
-    """One training, on an open ClipStore or that in config.data; on the CPU one seed, one result.
+    """One training, on an open ClipStore or the one in config.data.
 
     Called again it returns what is finished, or goes on after its last checkpoint; the processes of
     a launcher share each step. ConfigError if the folder holds another run, BlockingIOError if a
     process works in it, FloatingPointError with the clips of a NaN, KeyboardInterrupt after saving.
+    On CPUs, with as many threads and processes, a seed gives the same numbers.
     """
     c, folder = config, config.run_folder
     finished = (folder / "run.json").exists()

@@ -808,10 +808,9 @@ def test_each_training_of_a_process_is_compiled(tmp_path, monkeypatch):
     "Dynamo compiles a function for 8 inputs of one process, then runs it as it is, with a warning."
     compile = partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    for width in (6, 12):
-        go(tmp_path / f"{width}", compile=True, epochs=1, batch_size=7, widths=(6, 6, width))
+    with torch._dynamo.config.patch(cache_size_limit=1, fail_on_cache_limit_hit=True):
+        for width in (6, 12):
+            go(tmp_path / f"{width}", compile=True, epochs=1, batch_size=7, widths=(6, 6, width))
 
 
 def test_a_launcher_does_not_compile(monkeypatch):
