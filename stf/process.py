@@ -91,7 +91,8 @@ def memory_advice(what: str):
         yield
     except (MemoryError, RuntimeError) as e:
         known = isinstance(e, (MemoryError, torch.OutOfMemoryError))
-        if not known and not re.search("CUDA.*out of memory|ALLOC.*_FAILED|can't allocate", str(e)):
+        words = "CUDA.*out of memory|ALLOC.*_FAILED|can't allocate memory"
+        if not known and not re.search(words, str(e)):
             raise
         raise MemoryError(f"out of memory with {what}. The last checkpoint, if any, is kept: go on "
                           "with a larger accumulate, with bf16 or checkpointing, or begin anew "
